@@ -41,7 +41,7 @@ from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import Shards, filled, reference_of, sharded
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
-from stateset_lightning.training.micro_steps import choose as choose_micro_steps
+from stateset_lightning.training.micro_steps import choose_micro_steps
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahead
 from stateset_lightning.training.schedule import Schedule, given_options, make_optimizer, with_scheduler

@@ -154,14 +154,8 @@ class AdaptiveEntropy:
 # is trained. An engine in this process samples from the same one, so there is nothing to correct.
 
 # (low, high) of each kind.
-_BOUNDS = {
-    "none": (0.0, math.inf),
-    "token_tis": (0.0, 2.0),
-    "sequence_tis": (0.0, 2.0),
-    "icepop": (0.5, 5.0),
-    "sequence_mask": (0.999, 1.002),
-    "product_mask": (0.0, 3.0),
-}
+_BOUNDS = {"none": (0.0, math.inf), "token_tis": (0.0, 2.0), "sequence_tis": (0.0, 2.0), "icepop": (0.5, 5.0)}
+_BOUNDS |= {"sequence_mask": (0.999, 1.002), "product_mask": (0.0, 3.0)}
 
 
 @bounded("model.algorithm.mismatch")

@@ -1,7 +1,5 @@
 """Arguments of the commands that are not LightningCLI's."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from contextlib import suppress
@@ -34,7 +32,7 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--model_kwargs", type=_mapping, default={}, metavar="JSON", help="more for from_pretrained")
 
 
-def loading_options(options: argparse.Namespace) -> LoadingOptions:
+def loading_options(options: argparse.Namespace) -> "LoadingOptions":
     """What the user has given of `add_loading_options`."""
     from stateset_lightning.policy import LoadingOptions  # not for `--help`: it imports torch
 

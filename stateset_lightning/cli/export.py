@@ -1,7 +1,5 @@
 """`stateset-lightning export`: a checkpoint -> a plain Hugging Face folder with a model card, here and on the hub."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
@@ -68,7 +66,7 @@ def main(words: Sequence[str]) -> None:
     print(f"exported: {given.out}{pushed}")
 
 
-def model_card(trained: TrainedModel, title: str) -> str:
+def model_card(trained: "TrainedModel", title: str) -> str:
     """What the model is, how it was trained and measured, and how to use it, in Markdown (see model_card.md)."""
     from jinja2 import Environment
 
@@ -89,7 +87,7 @@ def _literal(value: object) -> str:
     return repr(value).replace("```", r"\x60\x60\x60")
 
 
-def _merge(trained: TrainedModel) -> None:
+def _merge(trained: "TrainedModel") -> None:
     from stateset_lightning.policy.lora import merge_adapter
 
     if not trained.is_adapted:

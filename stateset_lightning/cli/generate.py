@@ -21,7 +21,20 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: If an option, the checkpoint or the prompt cannot be used.
     """
-    options = _parser().parse_args(words)
+    parser = Arguments("generate", "Try a checkpoint, or any model, on a prompt, or in a conversation that it begins.")
+    source = "a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id"
+    parser.add_argument("--ckpt_path", required=True, metavar="CKPT", help=source)
+    parser.add_argument("--prompt", help="what to ask; or a row as JSON. Without it, standard input has one per line")
+    samples = "completions to sample; without it, one greedy completion, unless a temperature or top-p is given"
+    parser.add_argument("--samples", type=int, help=samples)
+    parser.add_argument("--temperature", type=float, help="of sampling; by default that of training")
+    parser.add_argument("--top_p", type=float, help="of sampling; by default that of training")
+    parser.add_argument("--max_new_tokens", type=int, help="by default as in training")
+    parser.add_argument("--system_prompt", help="instead of the run's")
+    parser.add_argument("--seed", type=int, help="of sampling; by default the run's")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
+    parser.add_loading_options()
+    options = parser.parse_args(words)
     if options.samples is not None and options.samples < 1:
         raise ConfigError(f"--samples={options.samples} must be at least 1")
     import torch  # not for `--help`
@@ -110,20 +123,3 @@ def _prompts() -> Iterator[str]:
     with suppress(EOFError):
         while prompt := input("> ").strip():
             yield prompt
-
-
-def _parser() -> Arguments:
-    parser = Arguments("generate", "Try a checkpoint, or any model, on a prompt, or in a conversation that it begins.")
-    source = "a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id"
-    parser.add_argument("--ckpt_path", required=True, metavar="CKPT", help=source)
-    parser.add_argument("--prompt", help="what to ask; or a row as JSON. Without it, standard input has one per line")
-    samples = "completions to sample; without it, one greedy completion, unless a temperature or top-p is given"
-    parser.add_argument("--samples", type=int, help=samples)
-    parser.add_argument("--temperature", type=float, help="of sampling; by default that of training")
-    parser.add_argument("--top_p", type=float, help="of sampling; by default that of training")
-    parser.add_argument("--max_new_tokens", type=int, help="by default as in training")
-    parser.add_argument("--system_prompt", help="instead of the run's")
-    parser.add_argument("--seed", type=int, help="of sampling; by default the run's")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
-    parser.add_loading_options()
-    return parser

@@ -24,8 +24,6 @@ one wins.
 # The text above is what `--help` prints. An error that the user can mend is reported in a few lines; any other keeps
 # its traceback. Lightning and torch are imported only by commands that need them.
 
-from __future__ import annotations
-
 import gc
 import logging
 import os
@@ -54,7 +52,7 @@ _WARNINGS = (
 _NOISE = re.compile("litlogger|[GTH]PU available|💡 Tip|Loaded model weights from the checkpoint")
 
 
-def main(args: list[str] | None = None) -> StatesetCLI | None:
+def main(args: list[str] | None = None) -> "StatesetCLI | None":
     """Runs the command line; `args` replaces `sys.argv[1:]`, for tests and notebooks.
 
     Returns:
@@ -77,7 +75,7 @@ def main(args: list[str] | None = None) -> StatesetCLI | None:
         raise
 
 
-def _run(words: list[str], is_program: bool = False) -> StatesetCLI | None:
+def _run(words: list[str], is_program: bool = False) -> "StatesetCLI | None":
     from stateset_lightning.cli.arguments import with_flags
     from stateset_lightning.cli.messages import PROGRAM, without_traceback
     from stateset_lightning.errors import CheckpointError, UserError
@@ -115,7 +113,7 @@ def _run(words: list[str], is_program: bool = False) -> StatesetCLI | None:
         heartbeat.stop()
 
 
-def _run_lightning(words: list[str], is_program: bool) -> StatesetCLI:
+def _run_lightning(words: list[str], is_program: bool) -> "StatesetCLI":
     from stateset_lightning.cli.early_checks import SPLITS, checked_words
     from stateset_lightning.errors import ConfigError
 

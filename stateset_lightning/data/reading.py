@@ -194,10 +194,6 @@ def _read_value(read: Callable[[Path, str], Any], path: Path, content: Content, 
 
 
 # How files are read, by suffix.
-READERS: dict[str, Callable[[Path, Content, str], Rows]] = {
-    **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
-    ".json": partial(_read_value, _read_json),
-    ".csv": partial(_read_csv, ","),
-    ".tsv": partial(_read_csv, "\t"),
-    **dict.fromkeys((".yaml", ".yml"), partial(_read_value, _read_yaml)),
-}
+READERS: dict[str, Callable[[Path, Content, str], Rows]] = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl}
+READERS |= {".json": partial(_read_value, _read_json), ".csv": partial(_read_csv, ",")}
+READERS |= {".tsv": partial(_read_csv, "\t"), **dict.fromkeys((".yaml", ".yml"), partial(_read_value, _read_yaml))}

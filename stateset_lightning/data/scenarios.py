@@ -61,8 +61,7 @@ class Part:
 
     def scenarios(self, readings: Iterable[RawRow | Problem]) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
         """The scenarios of some of the rows, each with its place, and the problems of those that cannot be used."""
-        scenarios: list[tuple[Scenario, str]] = []
-        problems: list[Problem] = []
+        scenarios, problems = list[tuple[Scenario, str]](), list[Problem]()
         for row in readings:
             try:
                 scenarios += [(scenario, row.place) for scenario in _row_scenarios(row, self)]

@@ -26,17 +26,9 @@ Format = Literal["auto", "prompt", "messages", "alpaca", "sharegpt", "verl", "op
 FinalTurn = Literal["target", "prefill", "error"]
 
 # The columns that a format needs, and by which it is recognised, in this order.
-_NEEDED = {
-    "verl": ("prompt", "reward_model"),
-    "preference": ("prompt", "chosen", "rejected"),
-    "prompt": ("prompt",),
-    "messages": ("messages",),
-    "openai": ("messages",),
-    "user_responses": ("user_responses",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction",),
-    "qa": ("question",),
-}
+_NEEDED = {"verl": ["prompt", "reward_model"], "preference": ["prompt", "chosen", "rejected"], "prompt": ["prompt"]}
+_NEEDED |= {"messages": ["messages"], "openai": ["messages"], "user_responses": ["user_responses"]}
+_NEEDED |= {"sharegpt": ["conversations"], "alpaca": ["instruction"], "qa": ["question"]}
 # Other names for what a column holds, most telling first. Names are compared in lower case, without space around them,
 # and with _ for other space.
 _ALIASES = {

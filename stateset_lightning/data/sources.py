@@ -92,10 +92,7 @@ def read_split(
     key = f"data.{split}"
     sources = _as_sources(spec, key)
     options = options or RowOptions()
-    parts: list[Part] = []
-    checked: list[tuple[Scenario, str]] = []
-    problems: list[Problem] = []
-    sizes: list[int] = []
+    parts, checked, problems, sizes = list[Part](), list[tuple[Scenario, str]](), list[Problem](), list[int]()
     read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
     lists = [found for i, source in read for found in _row_lists(source, i, len(sources), split)]
     stems = Counter(stem for *_, stem, _ in lists)

@@ -3,8 +3,6 @@
 Arrow reads them without a cache: what is replaced is read anew. Rows are made when they are asked for.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +36,7 @@ class ArrowRows(Sequence[dict[str, Any]]):
         files: These; they must not change meanwhile.
     """
 
-    def __init__(self, table: pyarrow.Table, origin: str, files: Sequence[content.LargeFile] = ()) -> None:
+    def __init__(self, table: "pyarrow.Table", origin: str, files: Sequence[content.LargeFile] = ()) -> None:
         self._table, self._origin, self._files = table, origin, files
         self.num_bytes = int(table.nbytes)
         types = {field.name: getattr(field.type, "value_type", field.type) for field in table.schema}
@@ -113,10 +111,8 @@ def _arrow(*paths: Path) -> ArrowRows:
     import pyarrow
 
     files = [content.LargeFile(path.open("rb"), path) for path in paths]
-    tables = []
-    for path, file in zip(paths, files, strict=True):
-        read = pyarrow.ipc.open_file if file[:6] == b"ARROW1" else pyarrow.ipc.open_stream
-        tables.append(read(pyarrow.memory_map(str(path))).read_all())
+    readers = [pyarrow.ipc.open_file if file[:6] == b"ARROW1" else pyarrow.ipc.open_stream for file in files]
+    tables = [read(pyarrow.memory_map(str(path))).read_all() for read, path in zip(readers, paths, strict=True)]
     return ArrowRows(pyarrow.concat_tables(tables), str(paths[0]), files)
 
 

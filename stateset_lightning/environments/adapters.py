@@ -14,8 +14,6 @@ What they do wrong is `EnvironmentFailure`, with the user's exception as its cau
 not used: a conversation is what was sampled.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """What answers a completion: the interface of an environment, and what it may return."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -82,9 +80,7 @@ class Opening:
 
     def after(self, prompt: Sequence[Turn]) -> list[Turn]:
         """The conversation that the model is to answer."""
-        begun = list(prompt)
-        if self.replaces:
-            begun = [turn for turn in prompt if turn.role == "system" and self.turns[0].role != "system"]
+        begun = [t for t in prompt if not self.replaces or (t.role == "system" and self.turns[0].role != "system")]
         begun += self.turns
         last = max((i for i, turn in enumerate(begun) if turn.role == "user"), default=None)
         if self.appended_text and last is None:

@@ -1,7 +1,5 @@
 """One conversation: what was said, which of its tokens the model sampled, and what its environment gave."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate

@@ -3,8 +3,6 @@
 Letters: P prompts, N = P * G conversations, T tokens of all of them behind their prompts.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import time
@@ -72,7 +70,7 @@ class Limits:
 class Play:
     """One call of `Player.play`, whose arguments it has."""
 
-    player: Player
+    player: "Player"
     threads: DaemonThreads
     batch: PromptBatch
     size: int  # of a group

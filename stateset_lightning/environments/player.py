@@ -7,13 +7,11 @@ sample their next turn together; an environment answers on a thread, while other
 Letters: P prompts, N = P * G conversations, T tokens of all of them behind their prompts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments.adapters import Driver, Settings, as_environment
@@ -43,7 +41,7 @@ class Player:
     on_turn: OnTurn
 
     @classmethod
-    def of(cls, config: EnvironmentConfig, sampling: RolloutConfig, data: Any, tokenizer: Any, tell: OnTurn) -> Player:
+    def of(cls, config: EnvironmentConfig, sampling: RolloutConfig, data: Any, tokenizer: Any, tell: OnTurn) -> Self:
         """The player of a run in which an environment answers.
 
         Args:

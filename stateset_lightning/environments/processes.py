@@ -6,8 +6,6 @@ fail when they are called next. A fresh process takes the dead one's place. What
 an environment's time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """A user whose answers are written down."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

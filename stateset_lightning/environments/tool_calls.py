@@ -9,8 +9,6 @@
 Never read: arguments without their names, several forms in one text, and what stands in a model's thoughts.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re

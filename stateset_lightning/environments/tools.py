@@ -5,8 +5,6 @@ that the model can do better. Functions run in this process: a tool that is not 
 sandbox of its own.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable, Mapping

@@ -59,7 +59,12 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     """
     name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
     if name.endswith(".gguf"):
-        name = _folder_of_tokenizer(Path(name), option)
+        # transformers 5.23 builds a tokenizer from the file, too, which may be another than the model's: of SmolLM2's
+        # it loses that each digit is a token.
+        name = str(Path(name).parent)
+        if not any(Path(name).glob("tokenizer*")):
+            remedy = "AutoTokenizer.from_pretrained(<the original model>).save_pretrained"
+            raise ConfigError(f"{option} has no tokenizer beside it; save the model's own: {remedy}({name!r})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options(policy))
     except Exception as error:  # a foreign tokenizer_config.json can have any error raised
@@ -183,21 +188,6 @@ def _prepare_quantized(model: PreTrainedModel, option: str) -> None:
 
 
 # GGUF files, whose weights transformers has in float32 once they are loaded
-
-
-def _folder_of_tokenizer(file: Path, option: str) -> str:
-    """Where the tokenizer of a GGUF file lies.
-
-    transformers 5.23 builds one from the file, too, which may be another than the model's: of SmolLM2's it loses that
-    each digit is a token.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if not any(file.parent.glob("tokenizer*")):
-        remedy = "AutoTokenizer.from_pretrained(<the original model>).save_pretrained"
-        raise ConfigError(f"{option} has no tokenizer beside it; save the model's own: {remedy}({str(file.parent)!r})")
-    return str(file.parent)
 
 
 def _gguf_options(name: str, option: str) -> tuple[str, dict[str, Any], dict[str, Any]]:

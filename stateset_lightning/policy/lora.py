@@ -4,8 +4,6 @@ An adapter is injected into the model and not wrapped around it (`PeftModel`), s
 transformers model: its body, its output embedding, its attention. Only the adapter is trained and saved.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stateset_lightning.errors import ConfigError, imported, log, one_line
 from stateset_lightning.files import keep_inputs
@@ -26,7 +25,6 @@ from stateset_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedModel
 
     from stateset_lightning.policy.policy import Policy
 
@@ -88,7 +86,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, lora: LoRAConfig | None) 
     load_weights(model, weights, place)
 
 
-def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0) -> None:
+def inject(model: PreTrainedModel, config: "LoraConfig", place: str, seed: int = 0) -> None:
     """Puts an adapter of this config into the model: trainable, and float32 even where the model is smaller.
 
     Args:
@@ -247,7 +245,7 @@ def _base(layer: Any) -> tuple[nn.Module, str, torch.dtype | None]:
 # Saved
 
 
-def save_adapter(policy: Policy, folder: str | Path) -> None:
+def save_adapter(policy: "Policy", folder: str | Path) -> None:
     """Writes the policy's adapter as `PeftModel.from_pretrained` reads it.
 
     Two files: adapter_config.json and adapter_model.safetensors. Where weights are sharded, all ranks call it together.
@@ -294,6 +292,6 @@ def plain_config(model: PreTrainedModel) -> dict[str, Any]:
     return json.loads(json.dumps(model.peft_config[NAME].to_dict(), default=sorted))
 
 
-def config_from_plain(content: Mapping[str, Any]) -> LoraConfig:
+def config_from_plain(content: Mapping[str, Any]) -> "LoraConfig":
     """The inverse of `plain_config`."""
     return imported("peft", "lora", "the checkpoint's adapter").PeftConfig.from_peft_type(**content)

@@ -204,8 +204,7 @@ def _make_rows(
     buckets, places = [], []
     for groups in _share_out(prompt_lengths, completion_lengths):
         prompts = [(starts[g], prompt_lengths[g]) for g in groups]
-        completions: list[tuple[int, int]] = []
-        prompt_of_row: list[int] = []
+        completions, prompt_of_row = list[tuple[int, int]](), list[int]()
         for i, g in enumerate(groups):
             ends = starts[g] + prompt_lengths[g] + np.cumsum(completion_lengths[g], dtype=np.int64)
             completions += [(end - length, length) for end, length in zip(ends, completion_lengths[g], strict=True)]

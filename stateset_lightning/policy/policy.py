@@ -6,14 +6,12 @@ completion with its prompt repeated, and works for every architecture. A probe c
 completions, packed; H hidden size; B rows of S tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +125,7 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
-    def train(self, mode: bool = True) -> Policy:
+    def train(self, mode: bool = True) -> Self:
         """As of any module; but routers that add noise while they are trained choose experts as in sampling."""
         super().train(mode)
         for module in self.model.modules():
@@ -194,9 +192,7 @@ class Policy(nn.Module):
 
     def _packed(self, groups: Sequence[Group]) -> Tensor:
         """Outputs at the positions that predict sampled tokens, each prompt computed once: [T, H]."""
-        ids: list[int] = []
-        positions: list[int] = []
-        sources: list[int] = []
+        ids, positions, sources = list[int](), list[int](), list[int]()
         for group in groups:
             ids += group.prompt
             positions += range(len(group.prompt))

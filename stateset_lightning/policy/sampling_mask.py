@@ -3,8 +3,6 @@
 Letters: T sampled tokens, K kept tokens of all of them together, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,17 +26,17 @@ class SamplingMask:
     counts_T: Tensor
 
     @classmethod
-    def cat(cls, masks: Sequence[SamplingMask]) -> SamplingMask:
+    def cat(cls, masks: Sequence["SamplingMask"]) -> "SamplingMask":
         """As `torch.cat`."""
         return cls(torch.cat([mask.ids_K for mask in masks]), torch.cat([mask.counts_T for mask in masks]))
 
-    def split(self, sizes: Sequence[int]) -> list[SamplingMask]:
+    def split(self, sizes: Sequence[int]) -> list["SamplingMask"]:
         """As `Tensor.split`, by numbers of sampled tokens."""
         counts = self.counts_T.split(list(sizes))
         ids = self.ids_K.split([int(some.sum()) for some in counts])
         return [SamplingMask(*pair) for pair in zip(ids, counts, strict=True)]
 
-    def __getitem__(self, tokens: Tensor | slice) -> SamplingMask:
+    def __getitem__(self, tokens: Tensor | slice) -> "SamplingMask":
         """Of some sampled tokens: a slice, a bool mask [T], or their places in the order that is wanted."""
         counts = self.counts_T[tokens]
         shifts = (self.counts_T.cumsum(0) - self.counts_T)[tokens] - (counts.cumsum(0) - counts)

@@ -4,8 +4,6 @@ Transformers' own dynamic cache concatenates, which copies everything once per t
 layers, which do not grow, are kept as transformers keeps them. Letters: B rows, C capacity in tokens, d size of a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +50,7 @@ class BufferLayer(cache_utils.DynamicLayer):
         self.buffers = [_select(buffer, indices, self.length) for buffer in self.buffers]
         self._update_views()
 
-    def join(self, other: BufferLayer, first: int, column: int, capacity: int) -> None:
+    def join(self, other: "BufferLayer", first: int, column: int, capacity: int) -> None:
         """Adds the rows of another layer, which loses them.
 
         Args:
@@ -93,7 +91,7 @@ class StateLayer(cache_utils.LinearAttentionLayer):
         for states in (self.conv_states, self.recurrent_states):
             states.update({i: state.index_select(0, indices) for i, state in states.items() if state is not None})
 
-    def join(self, other: StateLayer, first: int, column: int, capacity: int) -> None:
+    def join(self, other: "StateLayer", first: int, column: int, capacity: int) -> None:
         """See `BufferLayer.join`."""
         for states, added in ((self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)):
             states.update({i: torch.cat([state, added[i]]) for i, state in states.items() if state is not None})
@@ -110,7 +108,7 @@ class StateAndBufferLayer(StateLayer, cache_utils.LinearAttentionAndFullAttentio
         for kind in (StateLayer, BufferLayer):
             kind.batch_select_indices(self, indices)
 
-    def join(self, other: StateAndBufferLayer, first: int, column: int, capacity: int) -> None:
+    def join(self, other: "StateAndBufferLayer", first: int, column: int, capacity: int) -> None:
         for kind in (StateLayer, BufferLayer):
             kind.join(self, other, first, column, capacity)
 
@@ -118,7 +116,7 @@ class StateAndBufferLayer(StateLayer, cache_utils.LinearAttentionAndFullAttentio
 class EmptyLayer(cache_utils.DummyLayer):
     """Of a layer that has nothing to remember, such as one of experts alone."""
 
-    def join(self, other: EmptyLayer, first: int, column: int, capacity: int) -> None:
+    def join(self, other: "EmptyLayer", first: int, column: int, capacity: int) -> None:
         """There is nothing to join."""
 
 

@@ -1,7 +1,5 @@
 """What was computed of completions that have ended, for prompts that go on from them: a conversation's next turn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +27,7 @@ class Kept:
         """Tokens of the row that come before its columns."""
         return 0 if self.prompts is None else int(self.prompts.lengths_P[self.prompt])
 
-    def copied(self) -> Kept:
+    def copied(self) -> "Kept":
         """With tensors of its own, which keep no batch alive."""
         return replace(self, columns=[tensor.clone() for tensor in self.columns])
 

@@ -5,31 +5,25 @@ hides the padding. The state of a recurrent layer must not see padding: where th
 prefilled together, and no others. Letters: B rows of the batch, C columns of the cache, P prompts, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
-from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
-from stateset_lightning.policy.packed_attention import arguments
+from stateset_lightning.policy import packed_attention
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import BufferLayer, StateLayer, make_cache, modules_with_states
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
 from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY, WITH_GRAPHS, GraphBatch
 from stateset_lightning.rollout.engine import DecodingKind
 from stateset_lightning.rollout.kept import Kept, stacked
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from transformers.cache_utils import DynamicCache
 
 # Tokens of the longest prompt from which sharing is faster than a kernel call over copies (benchmarks/RESULTS.md).
 SHARE_FROM = 256
@@ -40,7 +34,7 @@ WORTH_A_PART = 0.75  # rows that lack more than others get a forward of their ow
 
 def batch_kinds(
     model: PreTrainedModel, longest_prompt: int, decoding: DecodingKind = "auto"
-) -> tuple[type[RunningBatch | GraphBatch], ...]:
+) -> "tuple[type[RunningBatch | GraphBatch], ...]":
     """The fastest first: by a CUDA graph, or with rows that share their prompts' keys and values where that is faster.
 
     Args:
@@ -52,7 +46,7 @@ def batch_kinds(
         return (GraphBatch,)
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     is_float32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
-    shares = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
+    shares = model.config.get_text_config()._attn_implementation == packed_attention.NAME and is_float32_on_cpu
     # Layers that read the keys of others (Gemma 3n's, Gemma 4's) have no prompt of their own.
     shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
     if shares and longest_prompt >= SHARE_FROM:
@@ -289,7 +283,7 @@ class RunningBatch:
         config = self.model.config.get_text_config()
         layer_types = set(getattr(config, "layer_types", None) or [])
         windowed = getattr(config, "sliding_window", None) or layer_types - {"full_attention"}
-        return config._attn_implementation in ("sdpa", PACKED_ATTENTION) and not windowed
+        return config._attn_implementation in ("sdpa", packed_attention.NAME) and not windowed
 
 
 class SharingBatch(RunningBatch):
@@ -343,7 +337,7 @@ class SharingBatch(RunningBatch):
         return super()._positions() + self.prompts.lengths_P[self.prompts.prompt_of_row_B]
 
     def _attention_arguments(self, count: int = 1) -> dict[str, Any]:
-        return arguments(self.prompts, self.model.device)
+        return packed_attention.arguments(self.prompts, self.model.device)
 
     def _attend(self) -> Attend:
         return self.prompts.attend

@@ -127,12 +127,8 @@ class ReferenceSync(Callback):
 # Progress, as plain lines: in logs and pipes a bar that redraws itself shows nothing ----------------------------------
 
 # Of a line: label, metric, format.
-FIELDS = (
-    ("reward", "train/reward", ".3f"),
-    ("mixed groups", "groups/mixed", ".2f"),
-    ("tokens", "completion/mean_tokens", ".1f"),
-    ("tokens/s", "work/tokens_per_s", ".0f"),
-)
+FIELDS = [("reward", "train/reward", ".3f"), ("mixed groups", "groups/mixed", ".2f")]
+FIELDS += [("tokens", "completion/mean_tokens", ".1f"), ("tokens/s", "work/tokens_per_s", ".0f")]
 
 
 @bounded("ConsoleProgress")
@@ -242,7 +238,5 @@ def _places(trainer: Trainer) -> dict[str, Path | str]:
     last = next(filter(None, (getattr(c, "last_model_path", "") for c in trainer.checkpoint_callbacks)), "")
     folder = run_folder(trainer)
     files = {"samples": folder / SAMPLES, "metrics": folder / METRICS, "config": config_file(trainer)}
-    places: dict[str, Path | str] = {"checkpoint": best or last}
-    if best not in ("", last):
-        places["last checkpoint"] = last
+    places: dict[str, Path | str] = {"checkpoint": best or last, "last checkpoint": "" if best in ("", last) else last}
     return places | {name: file for name, file in files.items() if file.exists()}

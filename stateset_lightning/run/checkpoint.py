@@ -3,8 +3,6 @@
 Everything is a tensor or a plain container, so that it loads with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -35,7 +33,7 @@ class RunCheckpoint:
         module: Whose run it is. Its algorithm, training state, policy and options are read when they are needed.
     """
 
-    def __init__(self, module: GRPOLightningModule) -> None:
+    def __init__(self, module: "GRPOLightningModule") -> None:
         self._module = module
         self._resumed: dict[str, Any] | None = None  # the checkpoint, until training starts
         self._saved_at = 0.0  # of the run's newest checkpoint

@@ -3,8 +3,6 @@
 Lightning is imported where a logger is looked at: the names serve commands that need not wait for torch.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +24,7 @@ REPORT = "report.html"
 UNLOGGED = "lightning_logs/without_logger"
 
 
-def run_folder(trainer: Trainer) -> Path:
+def run_folder(trainer: "Trainer") -> Path:
     """`save_dir/name/version` of the first logger, as ModelCheckpoint builds it; else the Trainer's root folder, or one
     of its own where that is the working folder.
 
@@ -44,7 +42,7 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
 
 
-def continues(trainer: Trainer, folder: str, file: Path | None = None) -> bool:
+def continues(trainer: "Trainer", folder: str, file: Path | None = None) -> bool:
     """Whether this run goes on in the folder of the run that wrote a checkpoint.
 
     Args:
@@ -57,11 +55,11 @@ def continues(trainer: Trainer, folder: str, file: Path | None = None) -> bool:
     return Path(folder) == mine or Path(file or str(trainer.ckpt_path)).absolute().is_relative_to(mine)
 
 
-def of_rank(trainer: Trainer, path: Path) -> Path:
+def of_rank(trainer: "Trainer", path: Path) -> Path:
     """The file of this rank, where every rank writes its own: `name.jsonl`, `name-rank1.jsonl`, ..."""
     return path.with_stem(f"{path.stem}-rank{trainer.global_rank}") if trainer.global_rank else path
 
 
-def config_file(trainer: Trainer) -> Path:
+def config_file(trainer: "Trainer") -> Path:
     """Where the resolved config goes."""
     return run_folder(trainer) / CONFIGS[0 if trainer.loggers else 1]

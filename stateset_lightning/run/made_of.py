@@ -5,8 +5,6 @@ data.train`), with their digest. Options follow from the signatures of the class
 word here.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import re
@@ -28,17 +26,9 @@ if TYPE_CHECKING:
     from stateset_lightning.module import GRPOLightningModule
 
 # What changes on resume only where `accept_changes` names it, and the keys of it: of the last three only the class.
-KINDS = {
-    "base": r"base weights",
-    "rows": r"rows of .*",
-    "tokenizer": r"tokenizer",
-    "template": r"chat template",
-    "rewards": r"model\.reward(\..*)?",
-    "optimizer": r"model\.optimizer",
-    "scheduler": r"model\.lr_scheduler",
-    "algorithm": r"model\.algorithm",
-    "environment": r"model\.environment(\..*)?",
-}
+KINDS = {"base": r"base weights", "rows": r"rows of .*", "tokenizer": r"tokenizer", "template": r"chat template"}
+KINDS |= {"rewards": r"model\.reward(\..*)?", "optimizer": r"model\.optimizer", "scheduler": r"model\.lr_scheduler"}
+KINDS |= {"algorithm": r"model\.algorithm", "environment": r"model\.environment(\..*)?"}
 CONTENTS = "base", "rows", "tokenizer", "template"  # known by a digest
 REASONS = {"base": "model.policy.", "rows": "data.", "template": "data."}  # options that may be why they have changed
 
@@ -57,7 +47,7 @@ LONGEST_VALUE = 200  # characters; of a longer one the start is kept, and a dige
 PROBE = "Aé ß 12345 don't\n\t{}  <x>#### 日本 🙂"
 
 
-def made_of(trainer: Trainer, module: GRPOLightningModule) -> dict[str, Any]:
+def made_of(trainer: "Trainer", module: "GRPOLightningModule") -> dict[str, Any]:
     """All but optimizer and scheduler, which are made later; the weights as they were loaded."""
     policy, tokenizer = module.policy, module.tokenizer
     data: Any = data_of(trainer)

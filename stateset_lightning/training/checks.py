@@ -4,8 +4,6 @@ Before the first step each check raises ConfigError with the remedy, or warns. L
 later: after an episode has been sampled, after the first validation, or never.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +43,7 @@ HIGHER_IS_BETTER = (
 )
 
 
-def checks_before_weights(data: ScenarioDataModule | None, module: Any) -> list[Callable[[], None]]:
+def checks_before_weights(data: "ScenarioDataModule | None", module: Any) -> list[Callable[[], None]]:
     """The checks that need no model: what they refuse is refused before one is loaded, or a baseline validated.
 
     Args:
@@ -81,7 +79,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
     ]
 
 
-def check_episode_fits_trainer(trainer: Trainer, data: ScenarioDataModule | None) -> None:
+def check_episode_fits_trainer(trainer: Trainer, data: "ScenarioDataModule | None") -> None:
     """An optimizer step never straddles two passes over an episode, and a run never ends an epoch inside an episode.
 
     Raises:
@@ -121,7 +119,7 @@ def check_strategy(trainer: Trainer, supported: tuple[type, ...]) -> None:
         raise ConfigError(f"trainer.strategy={kind} is not supported: use auto, ddp for several devices, or fsdp2")
 
 
-def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, algorithm: Algorithm) -> None:
+def check_dynamic_sampling(data: "ScenarioDataModule | None", rounds: int, algorithm: Algorithm) -> None:
     """Dynamic sampling has other prompts to take, and an algorithm that learns nothing from a constant group.
 
     Raises:
@@ -134,7 +132,7 @@ def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, algorit
         raise ConfigError(f"{given} prompts, which a plain loader cannot: use a ScenarioDataModule, or set it to 0")
 
 
-def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
+def check_targets(data: "ScenarioDataModule | None", module: Any) -> None:
     """Where targets are trained on, each row has one that fits, and nothing is set that only samples could honour.
 
     Raises:
@@ -212,7 +210,7 @@ def _check_train_metric(place: str, monitor: str, trainer: Trainer, module: Any)
         raise ConfigError(f"{place}: training logs no such metric; did you mean {close}?")
 
 
-def no_validation(trainer: Trainer, data: ScenarioDataModule | None) -> str:
+def no_validation(trainer: Trainer, data: "ScenarioDataModule | None") -> str:
     """Why the run never validates, as far as its options tell; empty if it does."""
     if trainer.limit_val_batches == 0:
         return "validation never runs: trainer.limit_val_batches=0"
@@ -240,7 +238,7 @@ def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
         rank_zero_warn(f"{given}: slow on this CPU; set trainer.precision=32-true, model.policy.dtype=float32")
 
 
-def check_quantized(policy: Policy) -> None:
+def check_quantized(policy: "Policy") -> None:
     """Gradients pass the weights that are trained.
 
     Raises:
@@ -251,7 +249,7 @@ def check_quantized(policy: Policy) -> None:
         raise ConfigError(f"model.policy.model_name={policy.config.model_name!r}: {why}")
 
 
-def check_context(data: ScenarioDataModule | None, context_length: int | None, max_new_tokens: int) -> None:
+def check_context(data: "ScenarioDataModule | None", context_length: int | None, max_new_tokens: int) -> None:
     """The longest prompt and its completion fit into the model; the engine would find out when it meets the prompt.
 
     Raises:

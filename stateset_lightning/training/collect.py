@@ -1,7 +1,5 @@
 """A prompt batch becomes completions with their scores: all sampling and scoring that an episode needs."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter
@@ -11,10 +9,11 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.environments.conversation import Conversation
@@ -33,9 +32,6 @@ from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
 from stateset_lightning.training.turns import score_by_turns
 from stateset_lightning.types import Metrics, PromptBatch, Scores, answered
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def ready_engine(
@@ -171,8 +167,7 @@ class Sampler:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
         heartbeat.doing(f"sampling {_place(batch)}")
         metrics: Metrics = {}
-        told: dict[int, dict[str, Any]] = {}
-        turns: dict[int, list[tuple[int, float]]] = {}
+        told, turns = dict[int, dict[str, Any]](), dict[int, list[tuple[int, float]]]()
         scoring = self.scorer.start(len(seeds_N), policy.device, num_generations)
         with scoring as session, ExitStack() as environments:
 

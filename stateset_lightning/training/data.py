@@ -1,7 +1,5 @@
 """The run's data module, as training asks it, and whether its prompts are single turns or begin conversations."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -15,19 +13,19 @@ if TYPE_CHECKING:
     from stateset_lightning.environments import EnvironmentConfig
 
 
-def data_of(trainer: Trainer) -> ScenarioDataModule | None:
+def data_of(trainer: "Trainer") -> "ScenarioDataModule | None":
     """None where the Trainer got plain loaders of `PromptBatch`."""
     data = getattr(trainer, "datamodule", None)
     return data if hasattr(data, "replacements") else None
 
 
-def are_scripts(trainer: Trainer | None) -> bool:
+def are_scripts(trainer: "Trainer | None") -> bool:
     """Whether the run has conversations in which the user's texts of a scenario are said one after another."""
     environment = getattr(getattr(trainer, "lightning_module", None), "environment", None)
     return environment is not None and bool(environment.are_scripts)
 
 
-def check_scripts(data: ScenarioDataModule | None, environment: EnvironmentConfig | None) -> None:
+def check_scripts(data: "ScenarioDataModule | None", environment: "EnvironmentConfig | None") -> None:
     """Where the scenarios' own texts answer the model, some have any.
 
     Raises:
@@ -41,7 +39,7 @@ def check_scripts(data: ScenarioDataModule | None, environment: EnvironmentConfi
         raise ConfigError(f"{said}: give rows user_responses of several texts, or replies beside the prompt")
 
 
-def tell_of_turns(environment: EnvironmentConfig | None) -> None:
+def tell_of_turns(environment: "EnvironmentConfig | None") -> None:
     """Announces whether prompts are answered once or begin conversations, and why."""
     max_turns = 1 if environment is None else environment.max_turns
     why = "no model.environment answers" if environment is None else f"model.environment.max_turns={max_turns}"

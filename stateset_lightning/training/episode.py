@@ -9,8 +9,6 @@ micro-steps, or where `max_tokens_per_step` would be exceeded.
 Letters: P prompts and N = P * G completions of this rank, T tokens of all N completions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
@@ -47,7 +45,7 @@ class MicroBatch:
     teacher_logprobs_T: Tensor | None = None
     comparison: Comparison | None = None  # of the policy's distributions with a teacher's
 
-    def to(self, device: torch.device) -> MicroBatch:
+    def to(self, device: torch.device) -> "MicroBatch":
         """On a device, whose copies the host does not wait for; float64 as float32, as Apple's GPUs lack it."""
 
         def there(value: Any) -> Any:
@@ -291,7 +289,7 @@ class GroupShare:
     def tokens(self) -> int:
         return self.prompt_tokens + sum(tokens for _, tokens in self.completions)
 
-    def halves(self) -> tuple[GroupShare, GroupShare]:
+    def halves(self) -> "tuple[GroupShare, GroupShare]":
         """The same completions in two shares of about as many tokens each."""
         total, before, cut = sum(tokens for _, tokens in self.completions), 0, 0
         while cut < len(self.completions) - 1 and 2 * before < total:

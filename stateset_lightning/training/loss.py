@@ -3,8 +3,6 @@
 Letters: P prompts, G completions per prompt, N = P * G completions, T sampled tokens, F rewards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -119,7 +117,7 @@ class TrainedScores:
     ref_logprobs_T: Tensor | None = None
 
 
-def trained_scores(step: TrainingStep, collection: Collection) -> TrainedScores:
+def trained_scores(step: "TrainingStep", collection: "Collection") -> TrainedScores:
     """The scores of an episode that are trained on.
 
     A held-out reward, of weight 0, is shown and never trained on: where it fails, 0 x NaN would fail the completion.
@@ -157,7 +155,7 @@ def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperatur
     return all_T
 
 
-def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScores, plan: Plan, *, old: bool) -> None:
+def add_fixed_logprobs(step: "TrainingStep", episode: Episode, scored: TrainedScores, plan: Plan, *, old: bool) -> None:
     """Fills in the reference's and the teacher's log-probs, the old ones and the selected tokens, as they are needed.
 
     Args:

@@ -85,8 +85,6 @@ Validation; of a test, `test/` takes the place of `val/`
 A loss or an engine of one's own may add more.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter
@@ -197,7 +195,7 @@ class RunMetrics:
 # An episode -----------------------------------------------------------------------------------------------------------
 
 
-def of_episode(collection: Collection, episode: Episode, scores: Scores, policy: Policy, ranks: Ranks) -> Metrics:
+def of_episode(collection: "Collection", episode: "Episode", scores: Scores, policy: "Policy", ranks: Ranks) -> Metrics:
     """What can be said of this rank's completions before they are trained on. Failed rewards enter no mean.
 
     Args:
@@ -237,7 +235,7 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
     return metrics | {name: (number, 1 / ranks.world) for name, number in counts.items()}
 
 
-def sample_metrics(sample: Sample, advantages_N: Tensor) -> Metrics:
+def sample_metrics(sample: "Sample", advantages_N: Tensor) -> Metrics:
     """What the completions that are trained on say. Failed rewards enter no mean."""
     rollout, scores = sample.rollout, sample.scores
     lengths_N, trained_N = rollout.sampled_lengths_N.double(), advantages_N.isfinite()
@@ -280,7 +278,7 @@ def constant_groups(totals_PG: Tensor) -> tuple[Tensor, Tensor]:
     return is_constant(totals_PG) & ~dropped_P, dropped_P
 
 
-def work_metrics(episode: Episode, policy: Policy) -> Metrics:
+def work_metrics(episode: "Episode", policy: "Policy") -> Metrics:
     """How much of an episode's training is spared, and the memory so far."""
     groups = episode.active_batch().groups
     packed = sum(len(group.prompt) + group.num_completion_tokens for group in groups)

@@ -4,8 +4,6 @@ All of them make one optimizer step, as `steps_per_episode: 1` does, and its gra
 them. What Lightning counts in micro-steps is multiplied alike.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -31,7 +29,7 @@ SHARE = 0.7
 PROBE = 128  # tokens at most of the probe's prompt, and of each of its completions
 
 
-def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, module: Any) -> None:
+def choose_micro_steps(trainer: Trainer, policy: Policy, data: "ScenarioDataModule | None", module: Any) -> None:
     """Sets the number of micro-steps where it is `auto`; all ranks call it together, and take the same.
 
     Args:
@@ -70,11 +68,11 @@ def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, mo
     log.log(level, told, data.steps_per_episode, f"{tokens:,}", f"{needed / 2**20:,.0f}", f"{free / 2**20:,.0f}")
 
 
-def is_auto(data: ScenarioDataModule | None) -> bool:
+def is_auto(data: "ScenarioDataModule | None") -> bool:
     return data is not None and vars(data)["given_arguments"].get("steps_per_episode") == "auto"
 
 
-def set_micro_steps(trainer: Trainer, data: ScenarioDataModule, count: int) -> None:
+def set_micro_steps(trainer: Trainer, data: "ScenarioDataModule", count: int) -> None:
     """Has a pass take `count` micro-steps and one optimizer step."""
     for name in ("val_check_interval", "limit_train_batches"):
         value = getattr(trainer, name)
@@ -83,7 +81,7 @@ def set_micro_steps(trainer: Trainer, data: ScenarioDataModule, count: int) -> N
     trainer.accumulate_grad_batches = data.steps_per_episode = count
 
 
-def longest_completion(policy: Policy, data: ScenarioDataModule, module: Any) -> int:
+def longest_completion(policy: Policy, data: "ScenarioDataModule", module: Any) -> int:
     """Tokens behind a prompt at most; of a conversation, those of its environment, too."""
     most = module.rollout.max_new_tokens
     if module.environment is None:
@@ -92,7 +90,7 @@ def longest_completion(policy: Policy, data: ScenarioDataModule, module: Any) ->
     return int(max(most, min(module.environment.most_tokens(most), fit)))
 
 
-def most_tokens(count: int, data: ScenarioDataModule, num_generations: int, longest: int, packed: bool) -> int:
+def most_tokens(count: int, data: "ScenarioDataModule", num_generations: int, longest: int, packed: bool) -> int:
     """Tokens that one of `count` micro-steps forwards at most: whole groups, or parts of one where there are more."""
     groups = math.ceil(data.batch_size / count)
     completions = math.ceil(data.batch_size * num_generations / max(count, data.batch_size))

@@ -4,8 +4,6 @@ Each rank replaces groups of its own and asks nobody: ranks may need different n
 completions per prompt, N = P * G completions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -48,7 +46,7 @@ class Sample:
         constant_P, dropped_P = constant_groups(self.totals_PG)
         return [int(slot) for slot in (constant_P | dropped_P).nonzero()]
 
-    def with_groups(self, slots: Sequence[int], other: Sample) -> Sample:
+    def with_groups(self, slots: Sequence[int], other: "Sample") -> "Sample":
         """The groups of `other` in place of those in the given slots, whose positions they take over."""
         size, prompts = self.rollout.num_generations, list(range(len(self.batch)))
         for i, slot in enumerate(slots):

@@ -32,7 +32,6 @@ from stateset_lightning.training import checks, metrics
 from stateset_lightning.training.collect import Collection, Sampler, collect_together
 from stateset_lightning.training.episode import Episode, Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
-from stateset_lightning.training.metrics import RunMetrics
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.teacher import Teacher, with_comparison
 from stateset_lightning.training.turns import turn_scores
@@ -46,7 +45,7 @@ class TrainingState:
     """
 
     def __init__(self) -> None:
-        self.metrics = RunMetrics()
+        self.metrics = metrics.RunMetrics()
         self.episode: Episode | None = None
         self.episode_of_ranks: list[dict[str, Any]] | None = None  # of every rank, while a checkpoint would need it
         self.collection: Collection | None = None  # what the episode was made of; None in a run resumed inside it

@@ -11,6 +11,7 @@ from stateset_lightning.algorithm import GKD, Algorithm
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy import Group, Policy, PolicyConfig, compared_with, load_model, load_tokenizer
 from stateset_lightning.rollout import RolloutConfig, VLLMTeacher
+from stateset_lightning.rollout.vllm_client import UNKNOWN_SHARE
 from stateset_lightning.training.episode import MicroBatch
 
 GivenTeacher = PolicyConfig | VLLMTeacher | None
@@ -100,10 +101,11 @@ def teacher_logprobs(teacher: Teacher, groups: Sequence[Group], temperature: flo
     """Of the sampled tokens, [T]; NaN for those that a server does not know.
 
     Raises:
-        NonFiniteError: If more than half are unknown, and not a single one; or any, by a model in this process.
+        NonFiniteError: If more than `UNKNOWN_SHARE`, and not a single one, are unknown; or any, by a model in the
+            process.
     """
     logprobs_T = teacher.score_without_gradient(groups, temperature)[0]
-    most = 0 if isinstance(teacher, Policy) else max(1, len(logprobs_T) // 2)
+    most = 0 if isinstance(teacher, Policy) else max(1, UNKNOWN_SHARE * len(logprobs_T))
     if (unknown := int(logprobs_T.isnan().sum())) > most:
         what = f"model.teacher knows no log-prob for {unknown} of {len(logprobs_T)} tokens, NaN, null or -inf"
         raise NonFiniteError(f"{what}: see whether it is the right model, or give it a wider dtype")

@@ -10,8 +10,6 @@ advantage of the conversation.
 Letters: P prompts, G conversations of each, N = P * G, K turns of the longest conversation, F rewards, T tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

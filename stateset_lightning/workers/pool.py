@@ -1,7 +1,5 @@
 """A pool of worker processes, from the parent's side: start them, give them calls, kill and replace them."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal
@@ -106,7 +104,7 @@ class WorkerPool:
                 worker.kill()
             self._idle.append(worker)
 
-    def _take(self) -> _Worker:
+    def _take(self) -> "_Worker":
         with self._lock:
             while self._idle:
                 if (worker := self._idle.pop()).alive:

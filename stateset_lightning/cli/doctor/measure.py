@@ -35,8 +35,7 @@ from stateset_lightning.training.collect import Sampler, answered
 from stateset_lightning.training.episode import MicroBatch, groups_of
 from stateset_lightning.training.loss import micro_batch_loss
 from stateset_lightning.training.metrics import peak_memory_mb
-from stateset_lightning.training.micro_steps import choose as choose_micro_steps
-from stateset_lightning.training.micro_steps import longest_completion
+from stateset_lightning.training.micro_steps import choose_micro_steps, longest_completion
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.teacher import make_teacher, with_comparison
 from stateset_lightning.types import PromptBatch, Rollout, Scores

@@ -107,8 +107,7 @@ def _read_samples(path: Path) -> dict[str, Any]:
     for kind, split in product(MOST, SPLITS):
         chosen.update(_spread([place for place in there if place[:2] == (kind, split)], MOST[kind]))
     rows = [row for _, _, row in read_lines(path, _sample) if chosen.issuperset(_places(row))]
-    groups: dict[Any, dict[str, Any]] = {}
-    evaluated: dict[Any, dict[str, Any]] = {}
+    groups, evaluated = dict[Any, dict[str, Any]](), dict[Any, dict[str, Any]]()
     for row in sorted(rows, key=itemgetter("step")):
         split, step = row["split"], row["step"]
         if split == "train":
