@@ -111,6 +111,15 @@ def test_the_list_is_readable_and_names_tests_that_exist() -> None:
         assert f"def {name}(" in (ROOT / file).read_text(), test
 
 
+def test_what_is_said_to_run_on_a_gpu_is_run_there() -> None:
+    checks = (ROOT / "benchmarks" / "gpu" / "checks.py").read_text()
+    conditions = {**dict.fromkeys(check_skips.conditions_here(), False), "no_gpu": True}
+    listed = check_skips.listed_tests((ROOT / "tests" / "skips.txt").read_text(), conditions)
+    assert listed
+    for test in listed:
+        assert f'"{test.partition("::")[0]}",' in checks, test
+
+
 def test_the_tool_models_questions_are_apart_and_its_careless_products_are_wrong() -> None:
     splits = [set(make_tool_model.questions(split)) for split in ("pretrain", "train", "validation")]
     assert [len(split) for split in splits] == [len(make_tool_model.NUMBERS) ** 2 - 1280, 1024, 256]

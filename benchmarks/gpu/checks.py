@@ -51,6 +51,7 @@ OWN_GPU_TESTS = (
     "tests/policy/test_varlen_attention.py",
     "tests/rewards/test_models.py",
     "tests/rollout/test_cuda_decoding.py",
+    "tests/rollout/test_vllm_transfer.py",
 )
 PROMPTS = [list(range(3, 3 + n)) for n in (5, 9, 9, 2)]
 # Mean difference of log-probs from float64 on the CPU: bfloat16 has three digits, float16 four.

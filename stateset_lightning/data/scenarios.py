@@ -30,12 +30,9 @@ _MEDIA_FILE = re.compile(
 # Where LLaVA's rows and others' have them.
 _MEDIA_MARK = re.compile(r"\A\s*<(image|video|audio)>\s*\n|\n\s*<(image|video|audio)>\s*\Z")
 _NO_MEDIA = "only the text model is trained: take the row out"
-_ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-}
+_NAMES = {"system": "system developer", "user": "user human prompter", "assistant": "assistant gpt bot model chatgpt"}
+_NAMES |= {"tool": "tool function observation"}
+_ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 _AS_PROMPTS = "each of the user_responses is a prompt of its own (model.environment.max_turns above 1: a conversation)"
 _AS_SCRIPT = "the user_responses are said one after another, in a conversation"
 _CONTEXT = "'context', which goes into the system turn unless data.fields.context=null,"

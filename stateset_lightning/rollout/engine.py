@@ -83,6 +83,7 @@ class RolloutConfig:
 OnFinished = Callable[[int, str, int], None]
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions. Letters: P prompts, N = P * num_generations completions."""
 

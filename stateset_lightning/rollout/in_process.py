@@ -20,7 +20,7 @@ from stateset_lightning.policy.precision import cast_parameters
 from stateset_lightning.policy.probes import check_sampler, sampler_limit
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder, has_llama_layers, is_supported, prepacked_linears
 from stateset_lightning.rollout.decoding import Decoding, KeptRows
-from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
+from stateset_lightning.rollout.engine import OnFinished, RolloutConfig, RolloutEngine
 from stateset_lightning.rollout.kept import Kept
 from stateset_lightning.rollout.probe import Way, exact_way
 from stateset_lightning.rollout.running_batch import batch_kinds
@@ -28,7 +28,7 @@ from stateset_lightning.rollout.sampling import StopStrings, check_length
 from stateset_lightning.types import Rollout
 
 
-class InProcessEngine:
+class InProcessEngine(RolloutEngine):
     """Samples from the policy's own weights.
 
     Args:

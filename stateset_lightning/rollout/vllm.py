@@ -18,7 +18,7 @@ from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.config import Dtype
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
+from stateset_lightning.rollout.engine import OnFinished, RemoteEngine, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
 from stateset_lightning.rollout.vllm_client import Choice, VLLMServer
 from stateset_lightning.rollout.vllm_transfer import NcclGroups, send_by_ipc
@@ -40,7 +40,7 @@ def servers_at(urls: list[str], option: str, request_timeout: float, max_wait_mi
 
 
 @bounded("model.engine")
-class VLLMEngine:
+class VLLMEngine(RemoteEngine):
     """Samples from the policy on vLLM servers.
 
     Each completion is a request of its own with its own seed, so its noise does not depend on what is sampled beside

@@ -18,20 +18,20 @@ from torch.multiprocessing.reductions import reduce_tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from stateset_lightning.errors import ConfigError, ServerError, one_line
+from stateset_lightning.errors import ConfigError, ServerError, log, one_line
 from stateset_lightning.rollout.vllm_client import Answer, VLLMServer
-from stateset_lightning.threads import DaemonThreads, as_they_end, wait_for
+from stateset_lightning.threads import DaemonThreads, Interruption, as_they_end, wait_for
 
 IPC = (
     "VLLM_SERVER_DEV_MODE=1, VLLM_ALLOW_INSECURE_SERIALIZATION=1 and --weight-transfer-config"
     """ '{"backend": "ipc"}', on the GPU of the policy (model.engine.transfer=ipc)"""
 )
 NCCL = (
-    """VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend": "nccl"}', on other GPUs than the policy's"""
-    " (model.engine.transfer=nccl)"
+    """VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend": "nccl"}', on other GPUs than the policy's and"""
+    " with the same version of NCCL (model.engine.transfer=nccl)"
 )
 
-# For what a server says that it has ended.
+# That NCCL may take here once the server has ended or failed, and the server once NCCL has failed here.
 SECONDS = 10.0
 
 Blocks = Iterable[dict[str, Tensor]]
@@ -128,27 +128,29 @@ def group_id(device: torch.device) -> bytes:
 
 
 def join(group: bytes, size: int, device: torch.device) -> Any:
-    """This process as the first of an NCCL group; returns once the others have joined."""
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        member = nccl.init_rank(size, group, 0)
-        nccl.all_reduce([torch.zeros(1, device=device)], comms=[member])  # with which each of vLLM's workers begins
-    return member
+    """This process as the first of an NCCL group, with a stream; returns once the others have joined."""
+    stream = torch.cuda.Stream(device)  # the group's own: of the 32 that PyTorch deals out in turn, one may be stuck
+    with torch.cuda.stream(stream):
+        comm = nccl.init_rank(size, group, 0)
+        # With this each of vLLM's workers begins. The default dtype may be the Trainer's.
+        nccl.all_reduce([torch.zeros(1, dtype=torch.float32, device=device)], comms=[comm])
+    return comm, stream
 
 
 def broadcast(tensors: Sequence[Tensor], member: Any) -> None:
-    """Sends tensors to the others of a group. On a stream of its own: should they fail, this one waits for ever."""
-    stream = torch.cuda.Stream(tensors[0].device)
+    """Sends tensors to the others of a group, on its stream: should they fail, that one waits for ever."""
+    comm, stream = member
     stream.wait_stream(torch.cuda.default_stream(stream.device))
     with torch.cuda.stream(stream):
         for tensor in tensors:
-            nccl.broadcast([tensor], comms=[member])
+            nccl.broadcast([tensor], comms=[comm])
     stream.synchronize()
 
 
 def at_once(server: VLLMServer, path: str, body: Mapping[str, Any], act: Callable[[], Any]) -> Any:
     """Has the server and this process act together. Returns what `act` does.
 
-    NCCL waits for all its members. So whoever fails ends the wait, and the other one is left to its thread.
+    NCCL waits for all its members. So whoever fails ends the wait, and a call of the other may be left in its thread.
     """
     with DaemonThreads(2, "vllm-nccl") as threads:
         theirs, ours = threads.submit(partial(server.call, path, body, needed=NCCL)), threads.submit(act)
@@ -157,16 +159,24 @@ def at_once(server: VLLMServer, path: str, body: Mapping[str, Any], act: Callabl
                 future.result()
                 if future is theirs and not wait_for(ours, time.monotonic() + SECONDS).done():
                     raise RuntimeError(f"it has ended, and {SECONDS:g} s later NCCL has not")
+        except Interruption:
+            wait_for(ours, time.monotonic() + SECONDS)  # half a block would keep the server inside NCCL for ever
+            raise
         except RuntimeError as error:
+            if wait_for(theirs, time.monotonic() + SECONDS).done():
+                theirs.result()  # raises what the server says of it, or that it is gone
             what = f"{server.url}{path}: {one_line(str(error))}"
             raise ServerError(f"{what}. The server is started with {NCCL}") from error
+        finally:
+            if not ours.done():
+                log.warning("%s: a call is left inside NCCL. If this process does not end, kill it", server.url)
     return ours.result()
 
 
 class NcclGroups:
     """For each server an NCCL group: this process, the first in it, and the server's workers.
 
-    A group stays until its server is started again, as PyTorch never gives back what a member takes.
+    A group stays until its server is started again or a transfer fails: PyTorch never gives back what a member takes.
     """
 
     def __init__(self) -> None:
@@ -177,19 +187,21 @@ class NcclGroups:
         if server.url not in self._members or not self._is_member(server):
             self._join(server, model.device)
             begin(server, NCCL)
+        member = self._members.pop(server.url)  # back when all is sent: with a call left inside it is of no more use
         for block in blocks:
             named = revert_weight_conversion(model, block)
-            tensors = [tensor.contiguous() for tensor in named.values()]
-            act = partial(broadcast, tensors, self._members[server.url])
+            act = partial(broadcast, [tensor.contiguous() for tensor in named.values()], member)
             at_once(server, "/update_weights", {"update_info": described(named)}, act)
         server.call("/finish_weight_update", {}, needed=NCCL)
+        self._members[server.url] = member
 
     def _is_member(self, server: VLLMServer) -> bool:
         """Begins an update. Whether the server would take part: one that was started again knows no group."""
         try:
             begin(server, NCCL)
             server.call("/update_weights", {"update_info": described({})})
-        except ServerError:
+        except ServerError as error:
+            log.warning("%s joins a new NCCL group, as it does not know ours: %s", server.url, error)
             return False
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from stateset_lightning.errors import ConfigError, ServerError, UserError
 from stateset_lightning.policy import Policy, PolicyConfig, load_model
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine, VLLMEngine, vllm_transfer
 from stateset_lightning.rollout.handover import weights_by_block
+from stateset_lightning.threads import Interruption
 
 
 @pytest.fixture
@@ -136,21 +138,63 @@ def test_a_group_is_made_once_for_each_server(nccl: Running) -> None:
         assert len(NcclGroup.made) == 4
 
 
+@pytest.mark.parametrize("happens", ["a proxy's answer", "it is started again"])
+def test_a_transfer_that_fails_in_the_middle_begins_anew_in_another_group(
+    nccl: Running, monkeypatch: pytest.MonkeyPatch, happens: str
+) -> None:
+    """One in which a call was left would take the old tensor for the next."""
+    monkeypatch.setattr(vllm_transfer, "SECONDS", 0.2)
+    updates = 0
+
+    def answer(path: str, body: dict[str, Any], original: Any = nccl.stub.answer) -> tuple[int, Any]:
+        nonlocal updates
+        updates += path == "/update_weights" and body["update_info"]["names"] != []
+        if updates != 2:
+            return original(path, body)
+        updates += 1
+        if happens == "it is started again":
+            assert nccl.stub.transfer is not None
+            nccl.stub.transfer.forget()
+        return 502, "Bad Gateway"
+
+    monkeypatch.setattr(nccl.stub, "answer", answer)
+    policy = whole()
+    engine = engine_of(nccl, policy)
+    assert updates > 2
+    assert len(NcclGroup.made) == 2
+    assert sampled(engine) == wanted(policy)
+
+
+def test_a_signal_waits_for_the_block_that_is_under_way(nccl: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it would keep the server inside NCCL for ever."""
+
+    def cut_off(futures: object) -> Any:
+        raise Interruption(143)
+
+    monkeypatch.setattr(vllm_transfer, "as_they_end", cut_off)
+    ended: list[bool] = []
+    (server,) = VLLMEngine([nccl.url]).servers
+    with pytest.raises(Interruption):
+        vllm_transfer.at_once(server, "/health", {}, lambda: (time.sleep(0.2), ended.append(True)))
+    assert ended
+
+
 def fail() -> None:
-    raise RuntimeError("NCCL Error 6: Duplicate GPU detected")
+    raise RuntimeError("NCCL Error 5: invalid usage (run with NCCL_DEBUG=WARN for details)")
 
 
 @pytest.mark.parametrize("fails", ["the server", "this process"])
 def test_who_fails_inside_nccl_ends_the_wait_of_the_other(
     nccl: Running, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
+    monkeypatch.setattr(vllm_transfer, "SECONDS", 0.2)
     raised = threading.Event()
     if fails == "the server":  # while this process waits in its thread
         monkeypatch.setattr(NcclTransfer, "fails", "out of memory")
     else:  # while the server waits
         monkeypatch.setattr(vllm_transfer, "broadcast", lambda tensors, member: fail())
         monkeypatch.setattr(NcclGroup, "receive", lambda member: raised.wait(60))
-    said = "out of memory" if fails == "the server" else "NCCL Error 6: Duplicate GPU detected"
+    said = "out of memory" if fails == "the server" else "NCCL Error 5: invalid usage"
     with pytest.raises(ServerError, match=rf"{nccl.url}/update_weights.*{said}.*on other GPUs than the policy's"):
         engine_of(nccl, whole())
     raised.set()
@@ -254,7 +298,7 @@ def test_a_server_that_cannot_open_the_memory_says_at_once_what_it_needs(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_nccl_takes_our_calls() -> None:
-    """In a group of this process alone: there may be one GPU."""
+    """In a group of this process alone, as there may be one GPU: that the calls are taken, not what arrives."""
     device = torch.device("cuda", torch.cuda.current_device())
     member = vllm_transfer.join(vllm_transfer.group_id(device), 1, device)
     tensors = [torch.arange(6.0, device=device).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
