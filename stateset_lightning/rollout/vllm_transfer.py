@@ -31,8 +31,9 @@ NCCL = (
     " with the same version of NCCL (model.engine.transfer=nccl)"
 )
 
-# That NCCL may take here once the server has ended or failed, and the server once NCCL has failed here.
-SECONDS = 10.0
+# That NCCL may take here once the server has ended or a signal has come, and the server once NCCL has failed here. A
+# signal that cuts off a wait after 3 s still ends a run within 10.
+SECONDS = 5.0
 
 Blocks = Iterable[dict[str, Tensor]]
 

@@ -30,6 +30,7 @@ from stateset_lightning.errors import ConfigError, ServerError, UserError
 from stateset_lightning.policy import Policy, PolicyConfig, load_model
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine, VLLMEngine, vllm_transfer
 from stateset_lightning.rollout.handover import weights_by_block
+from stateset_lightning.rollout.vllm_client import ServerLost
 from stateset_lightning.threads import Interruption
 
 
@@ -163,6 +164,19 @@ def test_a_transfer_that_fails_in_the_middle_begins_anew_in_another_group(
     assert updates > 2
     assert len(NcclGroup.made) == 2
     assert sampled(engine) == wanted(policy)
+
+
+def test_what_the_server_says_counts_more_than_what_nccl_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a server that is gone NCCL may know first, and it is to be waited for."""
+
+    def gone(*given: object, **options: object) -> bytes:
+        time.sleep(0.2)
+        raise ServerLost("gone")
+
+    (server,) = VLLMEngine(["http://127.0.0.1:1"]).servers
+    monkeypatch.setattr(server, "call", gone)
+    with pytest.raises(ServerLost, match="gone"):
+        vllm_transfer.at_once(server, "/update_weights", {}, fail)
 
 
 def test_a_signal_waits_for_the_block_that_is_under_way(nccl: Running, monkeypatch: pytest.MonkeyPatch) -> None:
