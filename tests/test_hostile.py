@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from stateset_lightning.rewards.functions import alarm_in, written
 
 HARNESS = Path(__file__).parents[1] / "benchmarks" / "hostile" / "hostile.py"
 SEEDS = {
@@ -46,6 +49,14 @@ def said_of(case: str, printed: str) -> str:
     """What is wrong with a case; empty if nothing is."""
     found = re.search(rf"^{case} FAILS.*?\n  again: .*?$", printed, re.MULTILINE | re.DOTALL)
     return found[0] if found else ""
+
+
+@pytest.mark.parametrize("name", ["Hostile", "HostileAsync"])
+def test_hostile_rewards_run_as_they_are_asked_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is found to set alarms would get a process, or be refused."""
+    monkeypatch.syspath_prepend(HARNESS.parent)
+    rewards = importlib.import_module("hostile_rewards")
+    assert alarm_in(written(getattr(rewards, name)("never_ends"))) == ""
 
 
 @pytest.mark.slow  # imports torch and Lightning, and starts some thirty commands

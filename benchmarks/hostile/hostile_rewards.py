@@ -83,8 +83,10 @@ def act(reward: Hostile, turns: Any, context: Any) -> Any:
     if reward.does in TOUCHING:
         TOUCHING[reward.does](turns, context)
         return 1.0
-    if reward.does in IN_WORKERS:
-        return IN_WORKERS[reward.does]()
+    # Not named: some set alarms, and a reward that names such a function gets a process, or is refused if it is async.
+    in_workers = globals()["IN_WORKERS"]
+    if reward.does in in_workers:
+        return in_workers[reward.does]()
     return RAISING[reward.does](reward)
 
 

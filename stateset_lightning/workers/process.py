@@ -169,4 +169,6 @@ def _pickled(error: BaseException) -> bytes:
         with suppress(Exception):  # it may hold something that cannot be pickled: then its text goes instead
             pickle.loads(pickled := pickle.dumps((False, error)))
             return pickled
-    return pickle.dumps((False, RuntimeError(trace)))
+    with suppress(Exception):
+        return pickle.dumps((False, RuntimeError(trace)))
+    os._exit(1)  # the function has taken away modules that pickle needs: the next call gets a new worker

@@ -46,6 +46,10 @@ def scribbles(what):
         except OSError:
             pass
     return "answer"
+
+def forgets():
+    sys.modules.clear()
+    sys.path.clear()
 """
 
 
@@ -127,6 +131,16 @@ def test_async_functions_share_one_loop(functions):
 def test_a_function_that_forks_answers_once(pool, functions):
     pool.add("forks", functions.forks)
     assert [call(pool, "forks"), call(pool, "add", 1, 2), call(pool, "add", 3, 4)] == ["once", 3, 7]
+
+
+def test_a_worker_whose_modules_are_gone_is_replaced(pool, functions, capfd):
+    pool.add("forgets", functions.forgets)
+    pool.add("raises", functions.raises)
+    call(pool, "forgets")
+    with pytest.raises(WorkerDied, match="ended with code 1 during the call"):  # it cannot even say what was raised
+        call(pool, "raises", "refused")
+    assert call(pool, "add", 1, 2) == 3
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_cannot_be_pickled_is_an_error(pool):
