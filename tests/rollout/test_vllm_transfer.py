@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vllm_stub import (
     synced_engine,
 )
 
-from stateset_lightning.errors import ConfigError, ServerError, UserError
+from stateset_lightning.errors import ConfigError, SamplingError, ServerError
 from stateset_lightning.policy import Policy, PolicyConfig, load_model
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine, VLLMEngine, vllm_transfer
 from stateset_lightning.rollout.handover import weights_by_block
@@ -95,6 +96,8 @@ def test_a_whole_model_goes_a_block_at_a_time(either: Running) -> None:
     assert engine.pop_metrics()["mismatch/after_sync"][0] < 1e-4
     assert either.stub.transfer is not None
     assert len(either.stub.transfer.chunks) > policy.model.config.num_hidden_layers
+    known = {id(tensor): name for name, tensor in reversed(policy.model.state_dict(keep_vars=True).items())}
+    assert sorted(chain(*either.stub.transfer.chunks)) == sorted(known.values())  # each once
     before = len(asked(either))
     change(policy)
     engine.sync(policy)
@@ -108,12 +111,15 @@ def test_a_whole_model_goes_a_block_at_a_time(either: Running) -> None:
 
 def test_memory_that_is_shared_has_room_for_the_largest_block(ipc: Running) -> None:
     policy = whole()
-    engine_of(ipc, policy)
+    engine = engine_of(ipc, policy)
+    change(policy)
+    engine.sync(policy)
     assert ipc.stub.transfer is not None
     largest = max(sum(t.nbytes for t in block.values()) for block in weights_by_block(policy.model, torch.float32))
     assert max(len(buffer) for buffer in MEMORY.values()) == largest
     updates = ["/update_weights"] * len(ipc.stub.transfer.chunks)
-    assert asked(ipc) == ["/init_weight_transfer_engine", "/start_weight_update", *updates, "/finish_weight_update"]
+    once = ["/init_weight_transfer_engine", "/start_weight_update", *updates, "/finish_weight_update"]
+    assert asked(ipc) == 2 * once
 
 
 def test_a_group_is_made_once_for_each_server(nccl: Running) -> None:
@@ -264,8 +270,9 @@ def test_weights_that_do_not_arrive_stop_the_run(either: Running, monkeypatch: p
     policy = whole()
     monkeypatch.setattr(either.stub, "take", lambda call, body: None)
     monkeypatch.setattr(vllm_transfer, "SECONDS", 0.2)
-    said = "does not compute the policy" if isinstance(either.stub.transfer, IpcTransfer) else ".*NCCL has not"
-    with pytest.raises(UserError, match=rf"{either.url}.*{said}"):
+    by_ipc = isinstance(either.stub.transfer, IpcTransfer)
+    error, said = (SamplingError, " does not compute the policy") if by_ipc else (ServerError, ".*NCCL has not")
+    with pytest.raises(error, match=f"{either.url}{said}"):
         engine_of(either, policy)
 
 
