@@ -8,7 +8,8 @@ that was stopped goes on from its last checkpoint: the command goes on where it 
 parts of names (`--only six 'warm start'`), and before it what it starts from; by default all of it, which takes days.
 
 - `six`: six intents; GRPO and MaxRL, all weights and LoRA, three seeds; Dr. GRPO, DAPO and RLOO, one seed.
-- `all`: the same on all 77 intents.
+- `all`: the same on all 77 intents, after 4 CPU minutes of supervised steps on 1,500 labelled messages: the model
+  itself never samples a right answer, so there is nothing to learn from.
 - `parts`: six intents, with a reward of two parts: the answer, and its form, which every other example in the prompt
   has.
 - `warm start`: all 77 intents, 1,500 labelled messages, the others checkable only. Supervised steps and GRPO after
@@ -75,6 +76,7 @@ ALL_INTENTS = nested(
     data__prompt_template="Which topic does this message to a bank have?\n\n{{ message }}\nTopic:",
     data__train="checkable.jsonl",
     data__validation="held_out.jsonl",
+    data__eval_batch_size=64,  # 769 messages, five times
     model__rollout__max_new_tokens=16,
     model__rollout__num_generations=8,
     model__rollout__stop=["\n"],
@@ -126,18 +128,19 @@ class Run:
 def all_runs(seeds: list[int]) -> Iterator[Run]:
     """Every curve, in an order in which each comes after the one that it starts from."""
     six = (EXAMPLE / "banking77.yaml",)
+    labelled = (ALL_INTENTS, WHOLE_BATCHES, nested(data__train="labelled.jsonl"))
+    start, rest = f"warm start {WARM_CPU_MINUTES} min", CPU_MINUTES - WARM_CPU_MINUTES
     for seed in seeds:
-        for task, configs in (("six", six), ("all", (ALL_INTENTS,)), ("parts", (*six, FORM))):
-            for name in ("GRPO", "MaxRL") if task != "parts" else ("GRPO", "GDPO"):
-                yield Run(f"{task} {name}", seed, configs, name)
-                if task != "parts":
-                    yield Run(f"{task} {name} LoRA", seed, (*configs, LORA), name)
-            if seed == seeds[0] and task != "parts":
-                for name in ("DrGRPO", "DAPO", "RLOO"):
-                    yield Run(f"{task} {name}", seed, configs, name)
-        labelled = (ALL_INTENTS, WHOLE_BATCHES, nested(data__train="labelled.jsonl"))
-        start, rest = f"warm start {WARM_CPU_MINUTES} min", CPU_MINUTES - WARM_CPU_MINUTES
         yield Run(start, seed, labelled, "Supervised", cpu_minutes=WARM_CPU_MINUTES)
+        for task, configs, begin in (("six", six, None), ("all", (ALL_INTENTS,), start)):
+            for name in ("GRPO", "MaxRL"):
+                yield Run(f"{task} {name}", seed, configs, name, start=begin)
+                yield Run(f"{task} {name} LoRA", seed, (*configs, LORA), name, start=begin)
+            if seed == seeds[0]:
+                for name in ("DrGRPO", "DAPO", "RLOO"):
+                    yield Run(f"{task} {name}", seed, configs, name, start=begin)
+        for name in ("GRPO", "GDPO"):
+            yield Run(f"parts {name}", seed, (*six, FORM), name)
         yield Run("warm start, then MaxRL", seed, (ALL_INTENTS,), "MaxRL", start=start, cpu_minutes=rest)
         yield Run("warm start for all the time", seed, labelled, "Supervised", cpu_minutes=CPU_MINUTES)
         yield Run("warm start: none, MaxRL alone", seed, (ALL_INTENTS,), "MaxRL", cpu_minutes=CPU_MINUTES)
