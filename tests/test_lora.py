@@ -394,6 +394,19 @@ def test_the_card_of_an_adapter_says_where_its_model_is_to_be_written(run: Path)
     assert "The adapter belongs to" not in model_card(trained, "out")  # the bundled one is found
 
 
+@pytest.mark.parametrize(
+    "adapted",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"peft_kwargs": {"modules_to_save": ["embed_tokens", "lm_head"]}}],
+)
+def test_an_adapter_on_tied_embeddings_is_exported(adapted: Any, tmp_path: Path, model_folder: Any) -> None:
+    policy = PolicyConfig(str(model_folder("qwen2")), lora=LoRAConfig(rank=4, **adapted))
+    trainer = fit(tmp_path, module(policy), callbacks=[every_step(tmp_path)], enable_checkpointing=True, max_steps=1)
+    model = load_trained(str(tmp_path / "step=1.ckpt")).model
+    trained = {n: p for n, p in trainer.lightning_module.policy.model.named_parameters() if p.requires_grad}
+    exported = dict(model.named_parameters())
+    assert all(torch.equal(exported[name], value) for name, value in trained.items())
+
+
 def test_what_cannot_be_exported_or_loaded_is_said(run: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["export", "tiny", str(tmp_path / "out"), "--merge"])

@@ -29,7 +29,8 @@ def total_scores(scores_PGF: Tensor, weights_F: Tensor) -> Tensor:
     """Weighted sum over the rewards that apply, float64 [P, G]; NaN where one failed or none applies."""
     scores_PGF = scores_PGF.double()
     applies_PGF = scores_PGF != NOT_APPLICABLE
-    total_PG = torch.where(applies_PGF, scores_PGF * weights_F.double(), 0.0).sum(-1)
+    # Rounded, so that equal sums of other parts (0.1 + 0.2, 0.3) are equal: a group of such has nothing to compare.
+    total_PG = torch.where(applies_PGF, scores_PGF * weights_F.double(), 0.0).sum(-1).round(decimals=12)
     return torch.where(applies_PGF.any(-1), total_PG, torch.nan)
 
 

@@ -168,7 +168,8 @@ def _load(source: str, policy: PolicyConfig, state: Mapping[str, Tensor], saved:
         expected = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     check_weights(expected, weights, f"{policy.model_name}, which the run started from")
     model.load_state_dict(weights, strict=adapter is None)
-    model.tie_weights()
+    if adapter is None:  # adapted modules are no longer where transformers would tie them
+        model.tie_weights()
     return model.eval()
 
 

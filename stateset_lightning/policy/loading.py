@@ -138,7 +138,8 @@ def _load_on_cpu(
     if policy.gradient_checkpointing:
         # Non-reentrant: the reentrant form does not pass keyword arguments on, and does not work when no input requires
         # a gradient.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with loading_errors("model.policy.gradient_checkpointing=True"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # a hook for the reentrant form; fast decoding knows no model with hooks
     if policy.adapter is not None:
         with loading_errors(f"model.policy.adapter={policy.adapter!r}"):

@@ -107,6 +107,9 @@ def inject(model: PreTrainedModel, config: "LoraConfig", place: str, seed: int =
     if config.init_lora_weights not in (True, "gaussian"):
         # The model without the adapter would be no reference, and a checkpoint of the adapter not the policy.
         raise ConfigError(f"{place}: init_lora_weights={config.init_lora_weights!r}: use true or gaussian")
+    for name in ("layer_replication", "kasa_config", "alora_invocation_tokens"):
+        if getattr(config, name, None) is not None:
+            raise ConfigError(f"{place}: {name} changes the model under the adapter as well: leave it out")
     config.inference_mode = False
     try:
         # peft draws A from the global generator: a seeded fork leaves that as it was.
@@ -121,10 +124,11 @@ def inject(model: PreTrainedModel, config: "LoraConfig", place: str, seed: int =
         if hasattr(layer, "parameter_name") and re.fullmatch(excluded, name):
             model.set_submodule(name, layer.base_layer)
             config.target_parameters.discard(f"{name.rpartition('.')[2]}.{layer.parameter_name}")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()  # a step of 1e-4 would round away
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        # A step of 1e-4 would round away. Copied modules and biases compute in the dtype that they have.
+        if parameter.dtype in (torch.bfloat16, torch.float16) and ("lora_" in name or "trainable_tokens" in name):
+            parameter.data = parameter.data.float()
     if not trained:
         raise ConfigError(f"{place}: nothing is left to train")
 
@@ -138,7 +142,8 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: s
     from peft import set_peft_model_state_dict
 
     try:
-        report = set_peft_model_state_dict(model, dict(weights), NAME)
+        plain = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+        report = set_peft_model_state_dict(model, plain, NAME)
     except (RuntimeError, KeyError) as error:
         raise ConfigError(f"{place} does not fit the model: {one_line(error)}") from error
     missing = set(report.missing_keys).intersection(trained_names(model))
@@ -216,7 +221,8 @@ def merge_adapter(model: PreTrainedModel) -> float:
     change, error = 0.0, 0.0
     for name, module in reversed(list(model.named_modules())):  # adapters of fused experts are nested
         if isinstance(module, AuxiliaryTrainingWrapper):
-            model.set_submodule(name, module.modules_to_save[NAME])
+            copies = getattr(module, "modules_to_save", None)
+            model.set_submodule(name, module.token_adapter if copies is None else copies[NAME])
         elif isinstance(module, BaseTunerLayer):
             base, key, dtype = _base(module)
             if dtype is None or not dtype.is_floating_point:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.lora import adapter_off, is_adapted, plain_config, trained_names
+from stateset_lightning.policy.lora import NAME, adapter_off, is_adapted, plain_config, trained_names
 
 VALUES_PER_MATRIX = 1024  # that the digest of the model under the adapter is made of
 
@@ -34,9 +34,10 @@ class AdapterState:
         self.names = trained_names(model)
         name, revision, dtype = config.model_name, config.revision, str(model.dtype).removeprefix("torch.")
         self.base = {"model_name": name, "revision": revision, "dtype": dtype, "digest": base_digest(model)}
-        # The weights of an adapter that was loaded; None for a new one, which starts as the model without it.
+        # Where the adapter started; None where that is the model without it: not of one that was loaded, nor with
+        # biases, which stay as they are trained when it is off.
         start: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained().items()}
-        self.start = None if config.adapter is None else start
+        self.start = None if config.adapter is None and model.peft_config[NAME].bias == "none" else start
 
     def _trained(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.model.named_parameters())

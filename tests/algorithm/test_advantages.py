@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stateset_lightning.algorithm import PassK
+from stateset_lightning.algorithm import GRPO, RLOO, PassK
 from stateset_lightning.algorithm.advantages import (
     batch_advantages,
     beta_normalised_advantages,
@@ -493,3 +493,11 @@ def test_k_without_several_subsets_is_refused(k: int) -> None:
         PassK(k=k).advantages(torch.zeros(1, 3, 1), torch.ones(1))
     with pytest.raises(ConfigError, match=r"algorithm\.k=0 must be at least 1"):
         PassK(k=0)
+
+
+def test_equal_sums_of_other_parts_are_equal():
+    """0.1 + 0.2 is not 0.3 in binary; a standard deviation of such a group would make advantages of the rounding."""
+    scores_PGF = torch.tensor([[[1.0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 0, 1]]], dtype=torch.float64)
+    weights_F = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    for algorithm in (PassK(), GRPO(), RLOO()):
+        assert not algorithm.advantages(scores_PGF, weights_F).any()

@@ -164,6 +164,19 @@ def test_the_adapter_is_float32_on_a_smaller_model(model_folder: Callable[..., P
     assert logits(model).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("others", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_copies_and_biases_keep_the_models_dtype_in_which_they_compute(
+    others: dict[str, Any], model_folder: Callable[..., Path]
+) -> None:
+    lora = LoRAConfig(rank=4, peft_kwargs=others)
+    model = load_model(PolicyConfig(str(model_folder("qwen2")), dtype="bfloat16", lora=lora))
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert {dtype for name, dtype in trained.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in trained.items() if "lora_" not in name} == {torch.bfloat16}
+    move(model)
+    assert logits(model).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -175,6 +188,8 @@ def test_the_adapter_is_float32_on_a_smaller_model(model_folder: Callable[..., P
             "init_lora_weights='pissa': use true or gaussian",
         ),
         ({"peft_kwargs": {"init_lora_weights": False}}, "init_lora_weights=False: use true or gaussian"),
+        ({"peft_kwargs": {"layer_replication": [[0, 2], [1, 2]]}}, "layer_replication changes the model under"),
+        ({"peft_kwargs": {"alora_invocation_tokens": [1]}}, "alora_invocation_tokens changes the model under"),
     ],
 )
 def test_options_that_cannot_be_honoured(options: dict[str, Any], message: str, make_model: Callable[..., Any]) -> None:
@@ -364,6 +379,20 @@ def test_peft_loads_what_is_saved(saved: tuple[str, Path, Tensor]) -> None:
     assert base not in (folder / "adapter_config.json").read_text()  # nothing of the machine
     loaded = PeftModel.from_pretrained(load_model(PolicyConfig(base)), str(folder)).eval()
     assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("others", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}])
+def test_an_adapter_with_more_than_factors_is_loaded_and_merged(
+    others: dict[str, Any], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = PolicyConfig(str(model_folder("llama")), lora=LoRAConfig(rank=4, peft_kwargs=others))
+    policy = Policy(load_model(config), config)
+    move(policy.model)
+    save_adapter(policy, tmp_path)
+    loaded = load_model(PolicyConfig(config.model_name, adapter=str(tmp_path)))
+    assert torch.equal(logits(loaded), logits(policy.model))
+    merge_adapter(loaded)
+    torch.testing.assert_close(logits(loaded), logits(policy.model), atol=1e-4, rtol=1e-4)
 
 
 def test_training_goes_on_from_a_saved_adapter(

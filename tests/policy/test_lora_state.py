@@ -123,6 +123,17 @@ def test_an_adapter_that_was_loaded_is_its_own_start(config: PolicyConfig, tmp_p
     assert not torch.allclose(started, moved, atol=0.1)
 
 
+def test_an_adapter_with_biases_starts_where_they_were(model_folder: Callable[..., Path]) -> None:
+    """Switched off, an adapter leaves the model with the biases that were trained."""
+    policy = make(PolicyConfig(str(model_folder("qwen2")), lora=LoRAConfig(rank=4, peft_kwargs={"bias": "all"})))
+    started = logits(policy.model)
+    move(policy.model)
+    assert policy.adapter is not None
+    with policy.adapter.at_start():
+        assert torch.equal(logits(policy.model), started)
+    assert not torch.allclose(logits(policy.model), started, atol=0.1)
+
+
 def test_under_autocast_the_start_is_the_start_and_the_policy_itself_again(
     config: PolicyConfig, tmp_path: Path
 ) -> None:
