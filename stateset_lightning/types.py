@@ -136,7 +136,7 @@ def at_path(value: Any, path: str) -> Any:
     A name that itself has a dot wins. Of a list of mappings, a name takes that of each. Below a missing value
     everything is missing: None. `ABSENT` if there is no such place.
     """
-    value = read_literal(value)
+    value = read_literal(of_numpy(value))
     if value is None:
         return None
     if isinstance(value, Mapping):

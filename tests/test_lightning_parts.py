@@ -18,8 +18,9 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
-from module_runs import SCENARIOS, fit, make_data, make_module, make_trainer, weights
+from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module, make_trainer, weights
 
+from stateset_lightning import GRPOLightningModule, RolloutConfig
 from stateset_lightning.callbacks import PredictionWriter, SampleWriter
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import ConfigError, UserError
@@ -85,6 +86,29 @@ def averages(folder: Path) -> None:
         trainer = fit(folder, callbacks=[kind(), lc.LambdaCallback(on_train_batch_end=keep)], max_steps=2)
         end = torch.cat([parameter.detach().flatten() for parameter in trainer.lightning_module.parameters()])
         assert not torch.equal(end, seen[-1])
+    # In a config, where copying the module reaches the whole command line; a Timer's default is written as text.
+    config = overlay("base.yaml", {**CONFIG, "data": {"train": SCENARIOS}})
+    cli = main(["fit", "--config", config, "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks+=Timer"])
+    assert cli is not None
+    assert cli.trainer.global_step == 2
+
+
+def makes_its_optimizers(folder: Path) -> None:
+    class Own(GRPOLightningModule):
+        def configure_optimizers(self) -> Any:
+            first, *others = self.parameters()
+            groups = [{"params": [first], "lr": 1e-2}, {"params": others}]
+            made = torch.optim.SGD(groups, lr=1e-3)
+            return [made], [torch.optim.lr_scheduler.StepLR(made, 1)]
+
+    keeps = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fit(folder, own_module(Own), callbacks=[keeps], enable_checkpointing=True, max_steps=2)
+    resumed = fit(folder, own_module(Own), ckpt_path=folder / "step=1.ckpt", max_steps=2)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
+
+
+def own_module(kind: Any) -> Any:
+    return kind("tiny", reward=DigitReward(), rollout=RolloutConfig(num_generations=4, max_new_tokens=4))
 
 
 def schedules_accumulation(folder: Path) -> None:
@@ -205,6 +229,7 @@ WORKS: dict[str, Callable[..., None]] = {
     "`LambdaCallback`": runs(callbacks=lambda: [lc.LambdaCallback(on_train_batch_end=lambda *_: None)]),
     "`WeightAveraging`, `EMAWeightAveraging`": averages,
     "`TQDMProgressBar`, `RichProgressBar`": runs(callbacks=lambda: [lc.TQDMProgressBar()], enable_progress_bar=True),
+    "`configure_optimizers` of a subclass": makes_its_optimizers,
     "`GradientAccumulationScheduler`": schedules_accumulation,
     "`AsyncCheckpointIO`": saves_asynchronously,
     "`reload_dataloaders_every_n_epochs`": reloads,

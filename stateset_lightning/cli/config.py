@@ -6,11 +6,13 @@ Importing this file imports Lightning, which takes seconds.
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import re
 import sys
+from datetime import timedelta
 from typing import Annotated, Any, NoReturn
 
 import yaml
 from annotated_types import Ge, Le
 from jsonargparse import _typehints, set_parsing_settings
+from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -50,6 +52,19 @@ def start_anew(parser_or_action: Any, previous: Any, value: Any) -> None:
             del previous["init_args"][name]
 
 
+def interval(text: Any) -> timedelta:
+    """A time as DD:HH:MM:SS, which Lightning's other options take, or as Python writes it: [D days, ]H:MM:SS.
+
+    jsonargparse would take the first three numbers of either for hours, minutes and seconds.
+    """
+    found = re.fullmatch(r"(?:(\d+)(?: days?, |:))?(\d+):(\d+):(\d+(?:\.\d+)?)", str(text))
+    if found is None:
+        raise ValueError(f"{text} is no time")
+    days, hours, minutes, seconds = (float(number or 0) for number in found.groups())
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+register_type(timedelta, str, interval, fail_already_registered=False)
 _typehints.parse_value_or_config = keep_text
 _typehints.discard_init_args_on_class_path_change = start_anew
 

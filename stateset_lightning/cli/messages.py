@@ -26,7 +26,8 @@ from stateset_lightning.run.folder import CONFIGS
 PROGRAM = "stateset-lightning"
 
 _WORDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
-_WORDS |= {"list": "a list", "Iterable": "a list", "Any": "anything"}
+_WORDS |= {"list": "a list", "Iterable": "a list", "Any": "anything", "Callable": "a function"}
+_WORDS |= {"timedelta": "a time, in quotes: 'DD:HH:MM:SS'"}
 _BOUNDS = {"ge": "greater than or equal to", "gt": "greater than", "le": "less than or equal to", "lt": "less than"}
 _SECTIONS = {"Trainer": "trainer", "GRPOLightningModule": "model", "ScenarioDataModule": "data"}
 _PACKAGE = str(Path(__file__).parents[1])
@@ -285,7 +286,8 @@ def _in_words(hint: Any) -> str:
         bounds = [f"{_BOUNDS[key]} {getattr(item, key)}" for item, key in named]
         return f"{_in_words(members[0])} {' and '.join(bounds)}"
     if origin is Callable:
-        return _in_words(members[-1]) if isinstance(members[-1], type) else "a function"
+        makes = isinstance(members[-1], type) and members[-1].__module__ != "builtins"  # an optimizer, say
+        return _in_words(members[-1]) if makes else "a function"
     if isinstance(origin, type) and issubclass(origin, Iterable):
         return f"a list of {_in_words(members[0])}"
     ordered = sorted(members, key=lambda member: member is type(None))

@@ -30,6 +30,7 @@ REMOVED = object()  # stands where a null was written over a key; what it means 
 
 SPECIFICATION = {"class_path", "init_args", "dict_kwargs"}
 _ROWS = r"\.data\.(train|validation|test|predict)|\.environment\.scenarios"  # the second: of the guide
+_SECTIONS = "model", "data", "trainer"
 _MAX_VALUES, _MAX_BYTES, _MAX_SECONDS = 100_000, 5_000_000, 5
 
 
@@ -38,6 +39,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$"), [*"-+0123456789"])
+# Enums that are text, as of `Timer.interval`.
+_Dumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str(getattr(text, "value", text))))
 
 
 def dump_yaml(content: Any) -> str:
@@ -68,7 +71,9 @@ def merged_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         value = value if given else left.pop(0)
         if flag in ("-c", "--config"):
             text = value if value.lstrip().startswith("{") or "\n" in value else None
-            files.append(read_yaml(value, f"--config {value}", "keys such as model:, data: and trainer:", text))
+            content = read_yaml(value, f"--config {value}", "keys such as model:, data: and trainer:", text)
+            # Of a section that holds comments alone, nothing is said.
+            files.append({key: given for key, given in content.items() if given is not None or key not in _SECTIONS})
         else:
             flags.append(nested(flag[2:], value))
     merged = functools.reduce(merge, [*files, *flags], dict[str, Any]())

@@ -213,6 +213,8 @@ class PromptEncoder:
             text = str(self.tokenizer.apply_chat_template(messages, **options))
             if len(text) > most:
                 raise ValueError(f"it makes a text of {len(text):,} characters, more than {most:,}")
+            if text and (last := messages[-1]["content"].split()) and last[0] not in text:
+                raise ValueError("it leaves out the last turn; it may be written for lists of parts, and not for texts")
             return text
         except Exception as error:  # a template is foreign code
             roles = [message["role"] for message in messages]
@@ -283,7 +285,10 @@ class PromptEncoder:
         text = rest if found and not before.strip() else behind
         if is_marked:
             return self._tokenize_as_text(text, _OF_TURNS, "model.environment")
-        return list(self.tokenizer(text, **options)["input_ids"])
+        # As what comes behind an end of turn: some tokenizers put a space before a text.
+        before = ended if found and text is rest else str(self.tokenizer.eos_token or "")
+        whole_ids: list[int] = self.tokenizer(before + text, **options)["input_ids"]
+        return whole_ids[len(self.tokenizer(before, **options)["input_ids"]) :]
 
     @cached_property
     def added(self) -> tuple[list[int], bool]:

@@ -253,7 +253,7 @@ def unwrapped(value: Any, origin: str, split: str) -> Any:
             return columns
         if all(name.isdecimal() for column in columns for name in map(str, column)):
             columns = [list(column.values()) for column in columns]
-    are_lists = all(isinstance(column, list) and not _holds_rows(column) for column in columns)
+    are_lists = all(isinstance(column, list) for column in columns) and not all(map(_holds_rows, columns))
     if are_lists and len({len(column) for column in columns}) == 1:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return value

@@ -25,6 +25,8 @@ from stateset_lightning.redaction import spare
 from stateset_lightning.seeding import permutation
 from stateset_lightning.types import Scenario
 
+NO_ROW_LEFT_OUT = "data.row cannot leave out rows of a split this large: write those that stay to a file"
+
 
 class ServedScenarios(Sequence[Scenario]):
     """Scenarios of the rows of several parts, each made when it is asked for.
@@ -60,7 +62,8 @@ class ServedScenarios(Sequence[Scenario]):
         found, problems = part.scenarios([reading])
         raise_problems(self._key, problems)
         if len(found) != 1:
-            raise DataError(f"{self._key}: {reading.place} makes {len(found)} scenarios; give a row for each")
+            do = "give a row for each" if found else NO_ROW_LEFT_OUT
+            raise DataError(f"{self._key}: {reading.place} makes {len(found)} scenarios; {do}")
         return found[0][0]
 
     def __iter__(self) -> Iterator[Scenario]:

@@ -11,12 +11,12 @@ import datetime
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from stateset_lightning.data.rows import BadRow, Problem, RawRow, Rows, kind
-from stateset_lightning.data.shapes import QUESTION_COLUMNS, Shape
+from stateset_lightning.data.shapes import QUESTION_COLUMNS, TARGET_COLUMNS, Shape
 from stateset_lightning.data.templates import is_template, lost_of
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
@@ -35,6 +35,7 @@ _NAMES |= {"tool": "tool function observation"}
 _ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 _AS_PROMPTS = "each of the user_responses is a prompt of its own (model.environment.max_turns above 1: a conversation)"
 _AS_SCRIPT = "the user_responses are said one after another, in a conversation"
+_PRINTED = "was printed by pandas with its arrays; write the rows as .jsonl or .parquet"
 _CONTEXT = "'context', which goes into the system turn unless data.fields.context=null,"
 
 
@@ -73,6 +74,7 @@ def _row_scenarios(row: RawRow | Problem, part: Part) -> list[Scenario]:
     shape = part.shape
     for column in row.columns.items():
         _check_values(*column)  # before a template writes one out
+    row = replace(row, columns={n: v if isinstance(v, str) else _plain(v) for n, v in row.columns.items()})
     if (columns := shape.columns(row)) is None:
         return []
     for name, value in columns.items():
@@ -123,7 +125,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    is_missing = type(value).__name__ in ("NAType", "NaTType")  # pandas'
+    return None if is_missing or (isinstance(value, float) and math.isnan(value)) else value
 
 
 def _lift_messages(columns: dict[str, Any], shape: Shape) -> None:
@@ -136,6 +139,8 @@ def _lift_messages(columns: dict[str, Any], shape: Shape) -> None:
             _check_values(name, found)
             shape.counts["messages that were written as text are read as messages"] += 1
             columns[name] = found
+        elif isinstance(found, str) and re.match(r"\s*\[\s*\{\s*'(role|from)'", found):
+            raise BadRow(f"the conversation {_PRINTED}")
     if name == "prompt" and isinstance(columns.get(name), list | tuple):
         columns["messages"] = columns.pop(name)
 
@@ -143,14 +148,21 @@ def _lift_messages(columns: dict[str, Any], shape: Shape) -> None:
 def _checked_target(value: object, shape: Shape) -> Any:
     source = shape.sources.get("target") or "target"
     value = read_literal(value) if source == "answers" else value  # SQuAD's, in a table of texts
-    if isinstance(value, str) and re.match(r"[\[{].*\barray\(", value, re.DOTALL):
-        raise BadRow("the target was printed by pandas with its arrays; write the rows as .jsonl or .parquet")
+    if isinstance(value, str) and re.match(r"""[\[{].*(\barray\(|['"]\s+['"])""", value, re.DOTALL):
+        raise BadRow(f"the target {_PRINTED}")
+    if isinstance(value, str) and (re.fullmatch(r"-?\d+\.0", value) or isinstance(read_literal(value), list)):
+        shape.counts["targets written as 4.0 or as ['4'] are compared as such text; pandas' .to_csv writes so"] += 1
     try:
         return as_target(value)
     except ValueError as error:
-        inner = f"={source}.{next(iter(value), '')}" if isinstance(value, Mapping) and value else ""
+        keys = [*value] if isinstance(value, Mapping) else []
+        likely = [key for key in keys if len(keys) == 1 or key in (*TARGET_COLUMNS, "value")]
+        inner = f"={source}.{likely[0]}" if likely else ""
         takes = f"data.fields.target{inner} takes a part of it (a dotted path), data.fields.target=null none"
-        raise BadRow(f"the target {error}; give text, a number, true/false or a list of such: {takes}") from error
+        whole = f"a function gets it whole by the latter and data.fields.ground_truth={source}"
+        raise BadRow(
+            f"the target {error}; give text, a number, true/false or a list of such: {takes}; {whole}"
+        ) from error
 
 
 def _refuse_media(columns: Mapping[str, Any], shape: Shape) -> None:

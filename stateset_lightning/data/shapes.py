@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ from stateset_lightning.data import templates
 from stateset_lightning.data.rows import BadRow, RawRow, listed
 from stateset_lightning.data.templates import columns_of, compiled, is_template
 from stateset_lightning.errors import ConfigError, DataError, by_path, one_line
-from stateset_lightning.types import ABSENT, at_path, read_literal
+from stateset_lightning.types import ABSENT, at_path, of_numpy, read_literal
 
 QUESTION_COLUMNS = ("prompt", "messages", "user_responses")
 
@@ -44,7 +45,9 @@ _ALIASES = {
 _INDEX = (
     "label correct_answer_id correct_answer answer_index answer_idx correct_option correct_index gold answerkey answer"
 )
+TARGET_COLUMNS = _ALIASES["target"].split()
 _TEMPLATES = {"prompt": "prompt_template", "context": "system_template"}
+LEFT_OUT = "left out by data.row"
 _NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
 
 # Never proposed as prompts; of other texts, the likely ones are.
@@ -124,7 +127,7 @@ class RowOptions:
         if (function := self._function) is None:
             return row.columns
         try:
-            made = function(dict(row.columns))
+            made = function(deepcopy(dict(row.columns)))  # it is called again, and may change what a cell holds
         except Exception as error:
             raise BadRow(f"data.row raised {type(error).__name__}: {one_line(error)}") from error
         if made is not None and not (isinstance(made, Mapping) and all(isinstance(name, str) for name in made)):
@@ -158,7 +161,7 @@ class Shape:
         source = self.sources.get("target")
         if source is None or source in self.present or not is_template(source):
             return source if source in self.present else None
-        targets = f"{_ALIASES['target']} {_INDEX}".split()
+        targets = {*TARGET_COLUMNS, *_INDEX.split()}
         named = [name for name in columns_of(source, "fields.target") if name.lower() in targets]
         return named[0] if len(named) == 1 else None
 
@@ -169,7 +172,7 @@ class Shape:
             BadRow: If a column that was chosen is not there, or a template cannot be rendered.
         """
         if (given := self.options.columns(row)) is None:
-            self.counts["left out by data.row"] += 1
+            self.counts[LEFT_OUT] += 1
             return None
         return {**given, **{ours: self._value(ours, theirs, given) for ours, theirs in self.sources.items()}}
 
@@ -213,7 +216,8 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str, needs_
             rows += filter(None, [options.columns(row)])
     # What each column holds, in some row.
     example: dict[str, Any] = {name: None for row in rows for name in row}
-    example |= {name: value for row in reversed(rows) for name, value in row.items() if not templates.is_empty(value)}
+    cells = ((name, of_numpy(value)) for row in reversed(rows) for name, value in row.items())
+    example |= {name: value for name, value in cells if not templates.is_empty(value)}
     required = [ours for ours in options.chosen if needs_target or ours != "target"]
     for ours in required if rows else ():
         for name in _named(ours, options, example):
@@ -221,7 +225,11 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str, needs_
                 absent = f"data.{options.key(ours)} names the column '{name}', which is not there"
                 raise DataError(f"{origin}: {absent}; it has: {_described(example)}")
     name, sources = _recognised(example, options, origin) if rows else ("prompt", {})
-    return Shape(name, {**sources, **options.chosen}, list(example), options, required)
+    chosen = dict(options.chosen)
+    # The letter of a choice, and not its index, also where the user names the column that is taken by itself.
+    if (target := chosen.get("target")) in example and f"{target} | letter(" in (sources.get("target") or ""):
+        del chosen["target"]
+    return Shape(name, {**sources, **chosen}, list(example), options, required)
 
 
 def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) -> tuple[str, dict[str, str | None]]:
@@ -249,8 +257,9 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
     parts = [asked := columns[_NEEDED[name][0]]]
     if name in ("alpaca", "qa"):
         passage, choices = columns.get("passage"), columns.get("choices")
-        labels = [columns[each] for each in _INDEX.split() if each in columns]
-        which = next((each for each in labels if templates.is_label(example[each])), None)
+        labels = {each: example[columns[each]] for each in _INDEX.split() if each in columns}
+        indices = (each for each, value in labels.items() if templates.is_label(value, each not in TARGET_COLUMNS))
+        which = columns.get(next(indices, ""))
         answers = columns.get("answers", "")
         if which and choices is None and isinstance(example.get(answers), list):  # ReClor
             choices, target = answers, which
@@ -280,6 +289,8 @@ def _incomplete(name: str, whole: list[str], lost: list[str], example: Mapping[s
     """The error where columns of a question would be left out; it proposes a template of the `whole`."""
     proposed = [f"--data.format={name} (without {listed(lost)})"]
     with suppress(ValueError):
+        if any(re.search("distractor|incorrect|wrong", each.lower()) for each in lost):
+            raise ValueError("the right one is missing among them: no template is proposed")
         template = templates.joined(whole, example)
         compiled(template).render({"row": example, **example})
         proposed = ["--data.prompt_template='{}'".format(template.replace("\n", "\\n")), *proposed]
@@ -309,6 +320,8 @@ def _unsure(example: Mapping[str, Any], options: RowOptions, origin: str) -> Dat
     texts = [name for name, value in example.items() if isinstance(value, str) and name.isidentifier()]
     texts = [name for name in texts if not _NO_QUESTION.fullmatch(name.lower())]
     texts = [name for name in texts if name in _LIKELY or " " in example[name].strip()]  # one word may be a label
+    parts = filter(templates.is_part, example.keys() - {*texts, *_ALIASES["system"].split()})
+    texts = [] if any(parts) else texts  # alone they would be no question (PIQA)
     likely = texts if len(texts) == 1 else [each for each in texts if each in _LIKELY]
     proposed = [f"--data.fields.prompt={name}" for name in likely[:1]]
     chats = [name for name, value in example.items() if _is_chat(value)]

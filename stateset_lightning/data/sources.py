@@ -22,9 +22,9 @@ from stateset_lightning.data.hub import is_hub_id, read_hub
 from stateset_lightning.data.reading import READERS, TABLES, read_file
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.rows import ListRows, Problem, RawRow, Rows, is_stream, is_table, raise_problems
-from stateset_lightning.data.scenario_set import ScenarioSet, ServedScenarios, spare_texts
+from stateset_lightning.data.scenario_set import NO_ROW_LEFT_OUT, ScenarioSet, ServedScenarios, spare_texts
 from stateset_lightning.data.scenarios import Part
-from stateset_lightning.data.shapes import QUESTION_COLUMNS, RowOptions, recognise
+from stateset_lightning.data.shapes import LEFT_OUT, QUESTION_COLUMNS, RowOptions, recognise
 from stateset_lightning.data.tables import is_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
@@ -122,6 +122,8 @@ def read_split(
     if 0 < (count := sum(scenario.target in (None, "", []) for scenario in found)) < len(found):
         notes.append(f"{count:,} of {len(found):,} scenarios have no target")
     if is_large:
+        if any(part.shape.counts[LEFT_OUT] for part in parts):
+            raise DataError(f"{key}: {NO_ROW_LEFT_OUT}")
         found = ServedScenarios(parts, key)
         later = "bad rows, rows of one id and overlong prompts among the others are found when they are served"
         notes.append(f"the first {content.SAMPLE:,} rows of a file are checked now: {later}")

@@ -164,5 +164,5 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
         return ListRows(ArrowRows(found, origin), origin, found.nbytes)
     if is_table(found) and not isinstance(found, Mapping) and hasattr(found, "data"):
         size = found.data.nbytes * len(found) // max(found.data.num_rows, 1)  # it may be a selection
-        return ListRows(found.with_format(None), origin, size)
+        return ListRows(found if found.format["type"] == "custom" else found.with_format(None), origin, size)
     return rows_in(value, origin, split)

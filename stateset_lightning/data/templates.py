@@ -20,8 +20,10 @@ from stateset_lightning.types import is_nested, read_literal
 # What belongs to a question; where such a column is neither used nor contained in the prompt, it is not clear what is.
 _PART = re.compile(
     r"(prompt|instruction|question|question_stem|problem|query|input|body|premise|hypothesis|passages?|paragraphs?|story"
-    r"|documents?|contexts?|article|evidence|support|background|table|history|system|system_prompt)(_?\d+)?"
-    r"|(choices?|options?|opt?|endings?|sol|distractors?|incorrect_answers?|wrong_answers?)(_?(?P<letter>[a-h]|\d+))?"
+    r"|documents?|contexts?|article|evidence|support|background|table|schema|tools?|functions?|history|system"
+    r"|system_prompt)(_?\d+)?"
+    r"|(choices?|options?|opt?|endings?|sol|distractors?|incorrect_answers?|wrong_answers?|answer_choices|alternatives"
+    r"|candidates|ans(wer)?(?=_?[a-h\d]$))(_?(?P<letter>[a-h]|\d+))?"
     r"|(?P<alone>[a-e])"
 )
 
@@ -43,9 +45,11 @@ def columns_of(template: str, key: str) -> list[str]:
         raise ConfigError(f"data.{key}={template!r:.200} is no Jinja2 template: {one_line(error)}") from error
 
 
-def is_label(value: Any) -> bool:
-    """Whether a value looks like an index of choices, or a letter of one."""
-    return _is_index(value) or (isinstance(value, str) and value in [*ascii_uppercase])
+def is_label(value: Any, as_text: bool = False) -> bool:
+    """Whether a value looks like an index of choices (also one `as_text`, as all is in a CSV), or a letter of one."""
+    if isinstance(value, str):
+        return value in [*ascii_uppercase] or (as_text and re.fullmatch(r"-?\d+", value) is not None)
+    return _is_index(value)
 
 
 def _is_index(value: Any) -> bool:
@@ -82,9 +86,13 @@ def _letter(answer: Any, choices: Any) -> str:
     if answer is None or answer != answer or answer == -1:
         return ""
     labels, texts = list(options := _options(choices)), list(options.values())
-    if isinstance(choices, str) and isinstance(answer, str) and answer not in (*labels, *texts) and answer.isdecimal():
-        answer = int(answer)  # in a CSV all is text
-    if isinstance(answer, str) and (answer in labels or answer in texts or not answer.strip().isdigit()):
+    if answer == "-1" and answer not in texts:
+        return ""
+    is_number = isinstance(answer, str) and answer.isdecimal()
+    if is_number and answer not in (*labels, *texts):
+        answer = int(answer)
+    is_unclear = is_number and isinstance(choices, str) and answer in texts and int(answer) < len(labels)  # of a CSV
+    if isinstance(answer, str) and not is_unclear and (answer in [*labels, *texts] or not answer.strip().isdigit()):
         return answer
     if _is_index(answer) and answer not in texts and 0 <= answer < len(labels):
         return labels[int(answer)]

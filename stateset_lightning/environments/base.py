@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-from stateset_lightning.types import Turn
+from stateset_lightning.types import Turn, of_numpy
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ def as_reply(value: Any) -> Reply:
         return value
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
         raise EnvironmentFailure(f"step returned {value!r:.80}, not (reply, reward, done)")
-    reply, reward, done = value
+    reply, reward, done = (*value[:2], of_numpy(value[2]))
     if not isinstance(done, bool):
         raise EnvironmentFailure(f"step returned done={done!r:.80}, neither True nor False")
     checked = Reply(() if done else as_turns(reply), as_reward(reward), done)

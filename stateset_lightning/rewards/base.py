@@ -12,7 +12,7 @@ import math
 import re
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -172,9 +172,14 @@ def completion(turns: Turns) -> str:
     return str(turns[-1].get("content", "")) if turns else ""
 
 
+def places_of(turns: Turns, num_turns: int) -> list[int]:
+    """Where the model's turns stand: the last `num_turns` of the assistant's."""
+    return [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][-num_turns:]
+
+
 def joined(turns: Turns, num_turns: int) -> list[Turn]:
-    """The conversation up to the model's turns, the last `num_turns` of the assistant's, and these as one turn."""
-    places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][-num_turns:]
+    """The conversation up to the model's turns, and these as one turn."""
+    places = places_of(turns, num_turns)
     return [*turns[: places[0]], Turn("assistant", "\n".join(str(turns[i]["content"]) for i in places))]
 
 
@@ -283,7 +288,7 @@ def _outcomes(reward: RewardFunction, own: Given, given: Given, output: Any) -> 
     if not reward.scores_several:
         return replace(to_outcome(output), changed=changed)
     number = len(given[0])
-    if not isinstance(output, Iterable):
+    if not isinstance(output, Iterable) or isinstance(output, Mapping | Set):
         raise RewardError(f"the reward returned {output!r:.80}, but must return a list of {number} scores")
     items = list(islice(output, number + 1))  # one more than needed: there may be no end
     if len(items) != number:

@@ -3,7 +3,7 @@
 import gc
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from itertools import islice
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -47,6 +47,7 @@ _OF_VERIFIERS |= {"parser": '__import__("types").SimpleNamespace(parse=str, pars
 
 _LIBRARIES = {"math_verify", "timeout_decorator"}  # that set alarms
 _ALARMS = {"alarm", "setitimer", "signal"}
+WITHOUT_ALARMS = "parse(..., parsing_timeout=None) and verify(..., timeout_seconds=None)"
 _SOUND = sys.stdlib_module_names | {"stateset_lightning"}
 # What holds others and has no code of its own.
 _HOLDERS = (partial, MethodType, staticmethod, classmethod, property, CellType, dict, list, tuple, set, frozenset)
@@ -204,8 +205,11 @@ class FunctionReward(RewardFunction):
         if gets_messages is None:
             gets_messages = self.takes_lists and context.get("messages") is not None and "queries" not in self._roles
         if gets_messages:
-            *found["asked"], last = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-            found["completion"] = [last]
+            messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+            # TRL's completion of a conversation is all that came behind the prompt.
+            is_played = self.turns == "last" and "turn_rewards" in context
+            first = base.places_of(turns, context["num_turns"])[0] if is_played else len(turns) - 1
+            found["asked"], found["completion"] = messages[:first], messages[first:]
         return found
 
     async def _awaited(self, output: Awaitable[Any], logged: dict[str, Any]) -> Any:
@@ -217,13 +221,13 @@ class FunctionReward(RewardFunction):
         if isinstance(output, Mapping) and "rewards" in output:  # OpenRLHF's
             items = output["rewards"]
             logged |= {name: value for name, value in output.items() if name != "rewards"}
-        scores = list(islice(items, 2)) if isinstance(items, Iterable) and not isinstance(items, str) else []
+        is_list = isinstance(items, Iterable) and not isinstance(items, str | Mapping | Set)
+        scores = list(islice(items, 2)) if is_list else []
         if len(scores) != 1:  # at most two are asked for: there may be no end
             must = "gets lists and must return a list of one number or None"
             raise RewardError(f"reward '{self.name}' {must}, but returned {output!r:.80}")
-        if isinstance(scores[0], Mapping):  # a list function of verl's or EasyR1's
-            return {**scores[0], **logged}
-        return None if scores[0] is None else RewardResult(scores[0], logged)
+        outcome = base.to_outcome(scores[0])
+        return None if scores[0] is None else RewardResult(outcome.value, {**outcome.breakdown, **logged})
 
 
 class TRLReward(FunctionReward):
@@ -245,7 +249,12 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         found = list(inspect.signature(function).parameters.values())
     except ValueError:  # of some builtins
         found = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
-    if {"VAR_POSITIONAL"} <= {p.kind.name for p in found} <= {"VAR_POSITIONAL", "VAR_KEYWORD"}:
+    kinds = {p.kind.name for p in found}
+    if {"VAR_POSITIONAL"} <= kinds <= {"VAR_POSITIONAL", "VAR_KEYWORD"}:
+        held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        decorated = list(filter(inspect.isfunction, held))
+        if len(decorated) == 1 and len(kinds) == 2:  # without `functools.wraps`
+            return _parameters(decorated[0])
         found = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("turns", "context")]
     return [parameter for parameter in found if parameter.name not in getattr(function, "keywords", ())]
 

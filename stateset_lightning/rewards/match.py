@@ -80,8 +80,8 @@ class Contains(RewardFunction):
         self.needs = ("target",) if strings is None else ()
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
-        strings = self.strings if self.strings is not None else base.target_texts(context, self.name, content=str)
-        text = completion(turns)
+        strings = self.strings if self.strings is not None else base.target_texts(context, self.name, content=str.strip)
+        text, *strings = (unicodedata.normalize("NFC", each) for each in (completion(turns), *strings))
         if self.ignore_case or _BOOLEANS.issuperset(map(str.lower, strings)):
             text, strings = text.casefold(), [string.casefold() for string in strings]
         found = sum(string in text for string in strings)

@@ -10,6 +10,7 @@ signs and scientific notation (1e5, 1.5 x 10^5). Decimal commas (3,14) and numbe
 import math
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
@@ -31,12 +32,13 @@ _NUMBER = re.compile(
     """
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_LATEX_MIXED = re.compile(r"(?<=[0-9])(?=\\[dt]?frac\{)")
 _LATEX_MARKUP = re.compile(r"\{(,)\}|\\(?=[$%])|\\!")
 
 
 @options
 class NumericAnswer(RewardFunction):
-    """1 if the number in the completion equals the scenario's `target`, else 0.
+    """1 if the number in the completion equals the scenario's `target` (or one of them, if it is a list), else 0.
 
     The number is the completion's last one, or the first one behind the last `marker`. A completion without a number
     scores 0. A scenario without a target, or whose target holds no number, is a failure. `50%` equals both 50 and 0.5.
@@ -79,6 +81,9 @@ class NumericAnswer(RewardFunction):
         return abs(answer - target) <= max(self.absolute_tolerance, self.relative_tolerance * abs(target))
 
     def _targets(self, target: Any) -> list[float]:
+        if isinstance(target, list):
+            found = list(map(self._targets, target))
+            return list(chain(*found)) if all(found) else []
         if isinstance(target, str):
             return _number(target, self.target_marker, required=False)
         return [float(target)] if isinstance(target, int | float) and not isinstance(target, bool) else []
@@ -86,7 +91,7 @@ class NumericAnswer(RewardFunction):
 
 def find_numbers(text: str) -> Iterator[list[float]]:
     """The numbers in a text, in order; each with all its values (`50%` is 50 and 0.5)."""
-    text = _LATEX_MARKUP.sub(r"\1", _LATEX_FRACTION.sub(r"\1/\2", text))
+    text = _LATEX_MARKUP.sub(r"\1", _LATEX_FRACTION.sub(r"\1/\2", _LATEX_MIXED.sub(" ", text)))
     for match in _NUMBER.finditer(text):
         value = _value(match)
         if math.isfinite(value):

@@ -65,7 +65,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         self.scores_alone = any(reward.weight and not isinstance(reward, GroupReward) for reward in self.rewards)
         loop = EventLoopThread(self.max_concurrency, "async-rewards")
         threads = DaemonThreads(self.max_concurrency, "blocking-rewards")
-        workers = WorkerPool(remedy="; or write compute_reward as `async def`; or drop the time-out")
+        workers = WorkerPool(remedy="; or, where it sets no alarms, write it as `async def` or drop the time-out")
         # Each starts a reward on a completion and returns at once.
         self.starts: list[Callable[..., Future[Any]]] = []
         for reward in self.rewards:

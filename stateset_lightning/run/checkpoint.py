@@ -20,7 +20,7 @@ from stateset_lightning.run.metrics_file import drop_later_events, metrics_files
 from stateset_lightning.run.records import drop_later_steps
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.micro_steps import is_auto, set_micro_steps
-from stateset_lightning.training.schedule import Schedule, accumulation, keep_given_options, start_at
+from stateset_lightning.training.schedule import Schedule, accumulation, given_options, keep_given_options, start_at
 
 if TYPE_CHECKING:
     from stateset_lightning.module import GRPOLightningModule
@@ -74,6 +74,7 @@ class RunCheckpoint:
         given = self._module.lr_scheduler
         scheduler = given if isinstance(given, Schedule) else self._module.lr_schedulers()
         self._scheduler_options = made_of.options_of(scheduler)
+        self.given_options = self.given_options or given_options(self._module.trainer.optimizers[0])  # of a subclass
         self._made_of |= made_of.made_by(self.given_options, self._module.trainer.optimizers[0], scheduler)
         made_of.check_ranks_agree(self._made_of, Ranks.current())
         self._check_same()

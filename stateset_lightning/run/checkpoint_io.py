@@ -19,8 +19,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 # Private in lightning 2.6.6: the name of the file beside the shards, and the reader of a whole folder.
 from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from stateset_lightning.errors import CheckpointError
+from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.ranks import Ranks
 
@@ -65,6 +66,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 if isinstance(error.__context__, OSError):  # torch hides why its stream failed
                     raise error.__context__ from None
                 raise
+            stream.seek(0)
+            if foreign := get_unsafe_globals_in_checkpoint(stream):
+                kept = "a checkpoint holds numbers, text, tensors, lists and mappings, so that reading it runs no code"
+                who = "a callback's state, on_save_checkpoint or hyperparameters"
+                raise ConfigError(f"{kept}, but {who} have {', '.join(foreign)}: keep such values as numbers or text")
             if saved_at := checkpoint.get("stateset", {}).get("saved_at"):
                 stamp = b"stateset-lightning saved_at=%.6f resumable=%d" % (saved_at, "lr_schedulers" in checkpoint)
                 stream.seek(-2, os.SEEK_END)  # where torch wrote that there is no comment

@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 from contextlib import ExitStack
+from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
@@ -52,6 +53,9 @@ class RunLock(Callback):
 
     def __init__(self) -> None:
         self._held = ExitStack()
+
+    def __deepcopy__(self, memo: Any) -> "RunLock":
+        return self  # in a copy of all that the trainer holds, too, as WeightAveraging makes it
 
     def take(self, trainer: Trainer) -> None:
         """Called before anything is written to the folder; on the first rank alone.

@@ -83,9 +83,13 @@ def check_episode_fits_trainer(trainer: Trainer, data: "ScenarioDataModule | Non
     """An optimizer step never straddles two passes over an episode, and a run never ends an epoch inside an episode.
 
     Raises:
-        ConfigError: If `accumulate_grad_batches` does not divide `steps_per_episode`, or `limit_train_batches` cuts an
-            episode.
+        ConfigError: If an interval is not above 0, `accumulate_grad_batches` does not divide `steps_per_episode`,
+            `limit_train_batches` cuts an episode, or validation waits for more micro-steps than an epoch has.
     """
+    for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
+        value = getattr(trainer, name)
+        if isinstance(value, int | float) and value <= 0:
+            raise ConfigError(f"trainer.{name}={value} must be above 0; trainer.limit_val_batches=0 never validates")
     steps_per_episode = 1 if data is None else data.steps_per_episode
     scheduled = sorted(set(accumulations(trainer).values()))
     accumulate = math.lcm(*scheduled)
@@ -106,6 +110,11 @@ def check_episode_fits_trainer(trainer: Trainer, data: "ScenarioDataModule | Non
         given = f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch inside an episode"
         whole = max(1, batches // micro_steps) * micro_steps
         raise ConfigError(f"{given} of {micro_steps} micro-steps: set it to {whole}")
+    interval = trainer.val_check_interval
+    validates_in_epochs = trainer.check_val_every_n_epoch and trainer.limit_val_batches
+    if validates_in_epochs and isinstance(interval, int) and interval > batches:
+        given = f"trainer.val_check_interval={interval} is more than the {batches} micro-steps of an epoch"
+        raise ConfigError(f"{given}: set trainer.check_val_every_n_epoch to null, and it counts over epochs")
 
 
 def check_strategy(trainer: Trainer, supported: tuple[type, ...]) -> None:
@@ -190,7 +199,7 @@ def check_monitors(trainer: Trainer, module: Any) -> None:
         elif data is not None and not data.is_given("validation"):
             remedy = "set data.validation or data.validation_fraction, or another monitor"
             raise ConfigError(f"{place}: nothing to validate on; {remedy}")
-        elif monitor not in known and re.sub(r"^val/topic/.+/", "val/topic/<topic>/", monitor) not in known:
+        elif re.sub(r"^val/topic/.+/", "val/topic/<topic>/", monitor) not in known and not _logs_more(trainer, module):
             raise ConfigError(f"{place}: validation logs no such metric; it logs {', '.join(known)}")
         elif never and not (saves and isinstance(callback, ModelCheckpoint)):
             raise ConfigError(f"{place}: {never}; validate within the run, or choose another monitor")
@@ -198,11 +207,15 @@ def check_monitors(trainer: Trainer, module: Any) -> None:
             raise ConfigError(f"{place} with mode=min takes the worst for the best: set mode: max")
 
 
-def _check_train_metric(place: str, monitor: str, trainer: Trainer, module: Any) -> None:
+def _logs_more(trainer: Trainer, module: Any) -> bool:
+    """Whether code of the user's own runs, which may log whatever it likes."""
     parts = [module, module.algorithm, module.engine, *trainer.callbacks]  # type: ignore[attr-defined]
     makers = {type(part).__module__.partition(".")[0] for part in parts if part is not None}
-    # Code of the user's own may log whatever it likes, and so does LearningRateMonitor.
-    if makers - {"stateset_lightning", "lightning"} or monitor.startswith("lr-") or not NAMES:
+    return bool(makers - {"stateset_lightning", "lightning"})
+
+
+def _check_train_metric(place: str, monitor: str, trainer: Trainer, module: Any) -> None:
+    if _logs_more(trainer, module) or monitor.startswith("lr-") or not NAMES:  # `lr-...` is of LearningRateMonitor
         return
     names = {*NAMES, "step", *(f"reward/{reward.name}" for reward in module.rewards)} - {"reward/<name>"}
     if not any(re.fullmatch(re.sub("<.+?>", ".+", re.escape(name)), monitor) for name in names):

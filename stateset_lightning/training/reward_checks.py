@@ -11,7 +11,7 @@ from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.algorithm.supervised import MaximumLikelihood
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import EnvironmentReward, GroupReward, RewardFunction
-from stateset_lightning.rewards.functions import STAND_INS, TARGET_NAMES
+from stateset_lightning.rewards.functions import STAND_INS, TARGET_NAMES, WITHOUT_ALARMS, alarm_in
 from stateset_lightning.types import Scenario
 
 
@@ -32,6 +32,9 @@ def check_environment(environment: Any, rewards: Sequence[RewardFunction], algor
     Raises:
         ConfigError: If not.
     """
+    if environment is not None and (found := alarm_in([*environment.factories().values()])):
+        fails = "whose time-outs are signals and raise on the thread of an environment: code that catches that goes on"
+        rank_zero_warn(f"model.environment uses {found}, {fails} without it. math_verify: {WITHOUT_ALARMS}")
     asking = [reward.name for reward in rewards if "environments" in getattr(reward, "required", ())]
     if environment is None and asking:
         raise ConfigError(f"reward '{asking[0]}' takes environments, and there are none: set model.environment")

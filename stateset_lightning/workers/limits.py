@@ -64,10 +64,11 @@ def rendered(tokenizer: Any, *calls: Mapping[str, Any]) -> list[str]:
     """
 
     def text(arguments: Mapping[str, Any]) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(tokenize=False, **arguments))
-        except Exception:  # whatever foreign code raises
-            return ""
+        system = {"role": "system", "content": "Context"}  # without which some refuse
+        for conversation in (arguments["conversation"], [system, *arguments["conversation"]]):
+            with suppress(Exception):  # whatever foreign code raises
+                return str(tokenizer.apply_chat_template(**{**arguments, "conversation": conversation}, tokenize=False))
+        return ""
 
     return list(limited(map(text, calls), f"the chat template of {tokenizer.name_or_path!r}"))
 

@@ -15,6 +15,7 @@ from jsonargparse import _typehints
 from lightning.pytorch.cli import LightningCLI
 
 from stateset_lightning.cli import config as cli_config
+from stateset_lightning.cli.config import interval
 from stateset_lightning.cli.main import main
 
 
@@ -249,3 +250,20 @@ def test_text_of_rows_in_a_config_stays_text(config):
     plain.write_text("data: {train: [{prompt: '5', target: yes, n: 3, x: 1.5, ok: true, none: null, list: [0123]}]}")
     for words in (["--config", text], ["--config", str(plain)], ["--data.train", json.dumps(rows)]):
         assert printed_config("fit", "--config", config, *words)["data"]["train"] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("00:00:00:05", 5), ("01:00:00:00", 86400), ("0:05:00", 300), ("1 day, 0:00:01", 86401), ("0:00:00.5", 0.5)],
+)
+def test_a_time_is_read_whole_whoever_has_written_it(text, seconds):
+    assert interval(text).total_seconds() == seconds
+    assert interval(str(interval(text))) == interval(text)
+
+
+@pytest.mark.parametrize("text", ["300", "5m", "00:05", "0:00:00:00:05", "x"])
+def test_what_is_no_time_is_refused_with_the_form(config, text, capsys):
+    saver = {"class_path": "ModelCheckpoint", "init_args": {"train_time_interval": text}}
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", config, f"--trainer.callbacks={json.dumps([saver])}"])
+    assert re.search(r"train_time_interval.*must be a time, in quotes: 'DD:HH:MM:SS'", capsys.readouterr().err)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_runs import overlay, printed_config
+from lightning.pytorch.callbacks.timer import Interval
 
 from stateset_lightning.cli import overlays
 from stateset_lightning.cli.main import main
@@ -192,3 +193,13 @@ def test_a_pipe_in_place_of_a_value_is_not_waited_for(tmp_path, monkeypatch, key
     Path("x.yaml").write_text(f"{sections[0]}: {{{name}: pipe}}" if sections else f"{name}: pipe")
     with pytest.raises(ConfigError, match=rf"{key}=pipe is a pipe, which may never end"):
         merged_words(["--config", "x.yaml"] if in_file else [f"--{key}", "pipe"])
+
+
+def test_a_section_that_holds_comments_alone_changes_nothing(config):
+    Path("later.yaml").write_text("trainer:\n#  max_steps: 2\nmodel:\ndata:\n")
+    assert merged_words(["--config", config, "--config", "later.yaml"]) == merged_words(["--config", config])
+
+
+def test_an_enum_of_text_is_written_as_its_text():
+    """`Timer.interval` has one for its default."""
+    assert dump_yaml({"interval": Interval.step}) == "interval: step\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import pytest
@@ -93,6 +94,25 @@ def test_a_conversation_is_what_the_template_writes_of_it(family: tuple[str, Any
     assert tokenizer.decode([*prompt, *said, *between]) == whole.replace(
         "assistant\nFive.", f"assistant\n{opened}Five."
     )
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5", "Zephyr, which ends turns by the end of a sequence"])
+def test_tokens_are_those_that_come_behind_an_answer(name: str) -> None:
+    """Some tokenizers put a space before a text, and so before one that is encoded by itself."""
+    template, end = TEMPLATES[name]
+    letters = {letter: i for i, letter in enumerate(sorted({*string.printable, "\u2581"}))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = template
+    whole = rendered(fast, ASKED, {"role": "assistant", "content": "Five."}, {"role": "user", "content": "Sure?"})
+    alone = whole.partition("Five.")[2].removeprefix(end)
+    tokens, behind = (fast(text, add_special_tokens=False).tokens() for text in (whole, alone))
+    assert behind[0] == "\u2581"  # what it must not begin with
+    for ended, count in ((end, len(behind) - 1), ("", len(behind))):
+        between = PromptEncoder(tokenizer=fast).between_answers([Turn("user", "Sure?")], ended)
+        assert fast.convert_ids_to_tokens(between) == tokens[-count:]
 
 
 def test_what_the_model_said_never_changes(family: tuple[str, Any, str]) -> None:

@@ -36,6 +36,15 @@ def test_the_template_gets_the_system_turn_and_opens_the_answer(tokenizer):
     assert tokens == same["input_ids"]
 
 
+def test_a_template_that_leaves_the_question_out_is_refused(make_tokenizer):
+    """Those of vision models may want lists of parts: of a text they write nothing."""
+    parts = (
+        "{% for m in messages %}User:{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"refuses scenario 's0' .*: it leaves out the last turn; .*lists of parts"):
+        PromptEncoder(tokenizer=make_tokenizer(template=parts)).encode(prompts("a b"), "data.train")
+
+
 def test_template_variables_are_passed_on(tokenizer):
     encoder = PromptEncoder(tokenizer=tokenizer, chat_template_kwargs={"tone": "dry"})
     (tokens,) = encoder.encode(prompts("a"), "data.train").tokens
@@ -338,7 +347,7 @@ EITHER = f"{STOPPED}|{REFUSED}"
 )
 def test_a_template_that_takes_too_much_is_stopped_in_time(bomb, message, make_tokenizer, monkeypatch):
     monkeypatch.setattr(limits, "SECONDS", 0.3)
-    template = "{% if messages[0].content != 'a' %}" + bomb + "{% endif %}x"
+    template = "{% if messages[0].content != 'a' %}" + bomb + "{% endif %}{{ messages[0].content }}"
     began = time.process_time()
     with pytest.raises(DataError, match=f"data.train: the chat template ({message})"):
         PromptEncoder(tokenizer=make_tokenizer(template=template)).encode(prompts("a", "b"), "data.train")

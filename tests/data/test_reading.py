@@ -284,3 +284,8 @@ def test_a_word_that_yaml_1_1_alone_takes_for_something_else_is_text(write, word
 def test_what_yaml_1_2_reads_as_no_text_is_none(write, word, value):
     rows = columns(write("a.yaml", f"- {{prompt: a, target: {word}}}\n- {{prompt: a, target: '{word}'}}\n"))
     assert [row["target"] for row in rows] == [value, word]
+
+
+def test_a_quote_behind_a_space_is_one_also_where_the_header_has_none(write):
+    path = write("a.csv", 'prompt,target\n"What, now?", "4"\nb, 5\n')
+    assert [row.columns["target"] for row in read_file(path)] == ["4", "5"]

@@ -1,10 +1,13 @@
 """Rows -> scenarios: the three forms of a question, `fields`, and a reason for every row that is none."""
 
+import re
+
 import pytest
 
 from stateset_lightning.data.rows import RawRow
 from stateset_lightning.data.scenarios import Part
 from stateset_lightning.data.shapes import RowOptions, recognise
+from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import DataError
 from stateset_lightning.types import Turn
 
@@ -185,6 +188,36 @@ def test_a_row_without_a_named_column_says_which_it_has():
     found, problems = Part(rows, recognise(rows, RowOptions(fields={"prompt": "question"}), "f"), "f").scenarios(rows)
     assert len(found) == 1
     assert [problem.reason for problem in problems] == ["no column 'question' (data.fields.prompt); the row has: text"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]"},
+            "the conversation was",
+        ),
+        ({"prompt": "a", "target": "['b' 'c']"}, "the target was printed by pandas with its arrays"),
+        (
+            {"prompt": "a", "reward_model": {"ground_truth": {"numbers": [1], "goal": 3}}},
+            "target=null none; a function gets it whole .*data.fields.ground_truth=reward_model.ground_truth",
+        ),
+        (
+            {"prompt": "a", "reward_model": {"ground_truth": {"numbers": [1], "target": 3}}},
+            r"data.fields.target=reward_model.ground_truth.target takes a part",
+        ),
+    ],
+)
+def test_what_is_no_target_is_not_taken_for_one(row, said):
+    with pytest.raises(DataError, match=said):
+        read_split([row], "train")
+
+
+@pytest.mark.parametrize(("target", "is_told"), [("4.0", True), ("['4', '5']", True), ("4.5", False), ("[4", False)])
+def test_a_target_as_pandas_writes_it_is_told(target, is_told):
+    found = read_split([{"prompt": "a", "target": target}], "train")
+    assert found.scenarios[0].target == target
+    assert bool(re.search(r"pandas' .to_csv writes so \(1 rows\)", " ".join(found.notes))) == is_told
 
 
 def test_good_rows_beside_bad_ones_are_kept_apart():

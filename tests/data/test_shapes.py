@@ -16,7 +16,7 @@ from module_runs import fit, make_module
 
 from stateset_lightning import RewardFunction, RolloutConfig, ScenarioDataModule
 from stateset_lightning.cli.main import main
-from stateset_lightning.data import RowOptions, read_split
+from stateset_lightning.data import RowOptions, content, read_split
 from stateset_lightning.errors import DataError, UserError
 from stateset_lightning.rewards import Contains, ExactMatch
 from stateset_lightning.types import ABSENT, Turn, as_target, at_path
@@ -431,8 +431,8 @@ def test_a_remedy_is_likely_to_be_right_or_not_given(row, proposed, never, tiny_
         ({"question": "Q?", "A": "x", "B": "y"}, "Q?\n\nA. x\n\nB. y", "Q?"),
         ({"question": "Q?", "opa": "x", "opb": "y"}, "Q?\n\nA. x\n\nB. y", "Q?"),
         ({"question": "Q?", "option_1": "x", "option_2": "y"}, "Q?\n\n1. x\n\n2. y", "Q?"),
-        ({"question": "Q?", "distractor1": "x"}, "Q?\n\n1. x", "Q?"),
-        ({"Question": "Q?", "Incorrect Answer 1": "x"}, "Q?\n\n1. x", "Q?"),
+        ({"question": "Q?", "distractor1": "x"}, None, "Q?"),
+        ({"Question": "Q?", "Incorrect Answer 1": "x"}, None, "Q?"),
         ({"Body": "He has 2.", "Question": "Q?"}, "He has 2.\n\nQ?", "Q?"),
         ({"premise": "P", "choice1": "x", "choice2": "y", "question": "Q"}, "P\n\n1. x\n\n2. y\n\nQ", "Q"),
         ({"passages": ["a", "b"], "question": "Q?"}, "a\n\nb\n\nQ?", "Q?"),
@@ -440,6 +440,11 @@ def test_a_remedy_is_likely_to_be_right_or_not_given(row, proposed, never, tiny_
         ({"text": "P", "question": "Q?"}, "P\n\nQ?", "Q?"),
         ({"evidence": "P", "question": "Q?"}, "P\n\nQ?", "Q?"),
         ({"question": "Q?", "table": {"rows": [["x"]]}}, None, "Q?"),
+        ({"question": "Q?", "answerA": "x", "answerB": "y"}, "Q?\n\nA. x\n\nB. y", "Q?"),
+        ({"question": "Q?", "ans0": "x", "ans1": "y"}, "Q?\n\n0. x\n\n1. y", "Q?"),
+        ({"question": "Q?", "alternatives": ["x", "y"]}, "Q?\n\nA. x\nB. y", "Q?"),
+        ({"prompt": "Q?", "tools": [{"name": "f"}]}, None, "Q?"),
+        ({"question": "Q?", "schema": "create table t"}, "Q?\n\ncreate table t", "Q?"),
         ({"instruction": "Add", "input": "2 2", "history": [["Hi", "Hello"]]}, None, "Add\n\n2 2"),
     ],
 )
@@ -463,7 +468,7 @@ def test_nothing_that_belongs_to_the_question_is_left_out_silently(row, joined, 
         (["r", "s"], -2, "the answer -2 to choices is no index"),
         (["r", "s"], True, "the answer True to choices is no index"),
         (["r", "s"], 0.5, "the answer 0.5 to choices is no index"),
-        (["r", "s"], "7", "the answer '7' to choices is no index"),
+        (["r", "s"], "7", "the answer 7 to choices is no index"),
         ([0, 1], 1, "the answer 1 to choices is both an index and one of them"),
         (["r", None], 0, "the choices are not a list"),
         ({"a": ["r"]}, 0, "the choices are not a list"),
@@ -486,6 +491,27 @@ def test_an_index_is_that_of_a_choice(choices, answer, said):
             assert [s.target for s in read_split(rows[::order], "train").scenarios] == ["A", said][::order]
 
 
+@pytest.mark.parametrize(
+    ("row", "options", "target"),
+    [
+        ({"question": "Q?", "choices": ["r", "s"], "answer": 1}, {"fields": {"target": "answer"}}, "B"),
+        ({"question": "Q?", "choices": ["r", "s"], "label": "1"}, {}, "B"),
+        ({"question": "Q?", "choices": "['r', 's']", "label": "1"}, {"fields": {"target": "label"}}, "B"),
+        ({"question": "Q?", "choices": ["r", "s"], "label": "-1"}, {}, None),
+        ({"question": "Q?", "choices": np.array(["r", "s"]), "answer": np.int64(1)}, {}, "B"),
+        ({"question": "Q?", "choices": "['4', '6']", "answer": "6"}, {}, "6"),  # no index of two
+        ({"question": "Q?", "choices": "['4', '1']", "answer": "1"}, {}, "'1' to choices is both an index and one of"),
+    ],
+)
+def test_the_letter_of_a_choice_is_the_target_however_its_index_is_written(row, options, target):
+    rows = [{**row, **dict.fromkeys(row.keys() & {"answer", "label"}, "0")}, row]
+    if len(target or "") > 1:
+        with pytest.raises(DataError, match=target):
+            read_split(rows[1:], "train", RowOptions(**options))
+    else:
+        assert read_split(rows, "train", RowOptions(**options)).scenarios[1].target == target
+
+
 @pytest.mark.parametrize(("column", "value"), [("input", "2 2"), ("system", "Be brief."), ("output", "4")])
 def test_a_column_that_comes_late_counts(column, value):
     rows = [{"instruction": "Add"}] * 1400 + [{"instruction": "Add", column: value}]
@@ -498,6 +524,7 @@ def test_a_column_that_comes_late_counts(column, value):
     "row",
     [
         {"goal": "To do it.", "sol1": "Use it.", "sol2": "Lose it.", "label": 0},
+        {"sentence": "He has _.", "option1": "a b", "option2": "c d", "answer": "2"},
         {"ctx_a": "He is", "ctx_b": "she has", "ctx": "He is she has", "endings": ["a b"], "label": 1},
         {"code": "def f(): pass", "option1": "a b", "option_b": "b c", "chosen": "c d", "sol_2": "e f"},
     ],
@@ -506,7 +533,8 @@ def test_no_answer_is_proposed_as_a_prompt(row):
     with pytest.raises(DataError, match="Say which one holds the prompt") as error:
         read_split([row], "train")
     remedy = str(error.value).partition("holds the prompt: ")[2]
-    assert not re.search("sol|ctx|endings|code|option|chosen", remedy.replace("data.fields.prompt (a column)", ""))
+    proposed = remedy.replace("data.fields.prompt (a column)", "")
+    assert not re.search("sol|ctx|endings|code|option|chosen|goal|sentence", proposed)
 
 
 # Templates and row functions ------------------------------------------------------------------------------------------
@@ -584,6 +612,42 @@ def test_a_row_function_makes_rows_and_leaves_some_out(tmp_path, monkeypatch, ti
         assert seen(rows, tiny_tokenizer, row="my_rows.to_scenario") == (ASKED, "4")
     assert "left out by data.row (1 rows)" in caplog.text
     assert rows == [{"q": ""}, {"q": "2 + 2"}]
+
+
+def test_a_row_function_gets_a_row_of_its_own_each_time():
+    """It is called for the shape and for the scenario, and may take apart what it gets."""
+
+    def last_is_target(row):
+        row["messages"][-2]["content"] += "!"
+        return {**row, "target": row["messages"].pop()["content"]}
+
+    rows = [{"messages": [dict(USER), dict(ANSWER), dict(USER), dict(ANSWER)]}]
+    (found,) = read_split(rows, "train", RowOptions(row=last_is_target)).scenarios
+    assert [turn.content for turn in found.messages] == ["2 + 2?", "4", "2 + 2?!"]
+    assert (found.target, len(rows[0]["messages"])) == ("4", 4)
+
+
+def test_a_row_function_cannot_leave_out_rows_of_a_large_split(monkeypatch):
+    monkeypatch.setattr(content, "LARGE_ROWS", 10)
+    rows = [{"prompt": f"{n}"} for n in range(20)]
+    for skipped in (3, 15):
+        monkeypatch.setattr(content, "SAMPLE", 10)
+        options = RowOptions(row=lambda row, n=skipped: row if row["prompt"] != f"{n}" else None)
+        with pytest.raises(DataError, match=r"data\.row cannot leave out rows of a split this large: write"):
+            list(read_split(rows, "train", options).scenarios)
+
+
+def test_rows_of_pandas_are_read_as_those_of_a_file():
+    """`to_dict("records")` of what was read from Parquet has arrays, and NA where a cell is missing."""
+    pandas = pytest.importorskip("pandas")
+    row = {"question": "Q?", "context": "C", "answers": {"text": np.array(["a", "b"])}, "nums": np.array([1, 2])}
+    row |= {"level": pandas.NA, "seen": pandas.NaT}
+    options = RowOptions(
+        fields={"target": "answers.text[1]"}, prompt_template="{{ question }}{% if nums %}{{ nums }}{% endif %}"
+    )
+    (found,) = read_split([row], "train", options).scenarios
+    assert (found.prompt, found.target) == ("Q?[1, 2]", "b")
+    assert (found.columns()["level"], found.columns()["seen"]) == (None, None)
 
 
 def test_a_source_has_options_of_its_own(tiny_tokenizer):

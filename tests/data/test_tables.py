@@ -344,3 +344,15 @@ def test_a_row_alone_in_a_file_is_a_row_whatever_its_columns_are_called(write, r
 def test_places_are_lines_also_behind_blank_ones(write):
     path = Path(write("a.jsonl", '\n{"prompt": 1}\n\n \n{"prompt": 2}'))
     assert [(row.place, row.number) for row in read_file(path)] == [(f"{path}:2", 1), (f"{path}:5", 2)]
+
+
+def test_a_transform_of_a_data_set_counts():
+    data = pytest.importorskip("datasets").Dataset.from_list([{"x": "2 + 2"}] * 2)
+    shown = data.with_transform(lambda batch: {"prompt": [f"{x}?" for x in batch["x"]]})
+    assert [scenario.prompt for scenario in read_split(shown, "train").scenarios] == ["2 + 2?"] * 2
+
+
+def test_columns_of_mappings_are_columns():
+    """As `Dataset.to_dict()` gives them."""
+    columns = {"prompt": ["a", "b"], "reward_model": [{"ground_truth": "1"}, {"ground_truth": "2"}]}
+    assert [scenario.target for scenario in read_split(columns, "train").scenarios] == ["1", "2"]

@@ -425,3 +425,27 @@ def test_an_awaitable_list_is_read_like_a_list():
     reward = FunctionReward(NAMESPACE["trl_async"])
     output = reward.compute_reward([*SCENARIO.turns(), Turn("assistant", "4")], SCENARIO.columns())
     assert asyncio.run(output).score == 1.0
+
+
+def test_a_decorator_without_wraps_leaves_a_function_what_it_takes():
+    def timed(function):
+        def wrapper(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    @timed
+    def compute_score(solution_str, ground_truth):
+        return float(solution_str == ground_truth)
+
+    @timed
+    @timed
+    def lists(completions, target, **columns):
+        return [float(c == t) for c, t in zip(completions, target, strict=True)]
+
+    for function in (compute_score, lists):
+        scores = [
+            FunctionReward(function).compute_reward([Turn("user", ROW["prompt"]), Turn("assistant", text)], ROW)
+            for text in ("4", "5")
+        ]
+        assert [to_outcome(score).value for score in scores] == [1.0, 0.0]

@@ -359,3 +359,19 @@ def test_the_judge_trains(server, tmp_path):
     module = make_module(reward=[judge(server), DigitReward(weight=0.5)])
     fit(tmp_path, module, make_data(), max_steps=1)
     assert module.metrics.last["cost/relative_judge/calls"] + module.metrics.last["cost/relative_judge/cache_hits"] == 4
+
+
+@pytest.mark.parametrize("made", [lambda n: dict.fromkeys(range(n), 1.0), lambda n: {float(i) for i in range(n)}])
+def test_a_mapping_or_set_is_no_list_of_scores(made):
+    """Its keys would be taken for scores, and a set has no order."""
+
+    class Mapped(GroupReward):
+        def compute_rewards(self, conversations, context, scores):
+            return made(len(conversations))
+
+    with Scorer([Mapped()]) as scorer, scorer.start(2, num_generations=2) as session:
+        for n in range(2):
+            session.submit(n, [Turn("user", "q"), Turn("assistant", "a")], {"target": "4"})
+        scores = session.collect()
+    assert scores.values_NF.isnan().all()
+    assert "must return a list of 2 scores" in scores.failures[0].message

@@ -41,6 +41,11 @@ def test_exact_match(options, text, target, expected):
     assert score(ExactMatch(**options), text, target) == expected
 
 
+def test_contains_takes_a_character_for_itself_however_it_is_written():
+    assert score(Contains(), "Le café est ouvert", "cafe\u0301") == 1.0
+    assert score(Contains(strings=["café"]), "Le cafe\u0301 est ouvert") == 1.0
+
+
 @pytest.mark.parametrize("target", [None, "", " ", [], ["a", ""]])
 def test_exact_match_without_an_answer_fails(target):
     with pytest.raises(DataError, match="s1"):

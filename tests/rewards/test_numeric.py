@@ -80,6 +80,10 @@ def test_percent_has_two_readings():
         ("0.30000000000000004", 0.3, {}, 1.0),
         ("0", 0, {}, 1.0),
         ("-7", np.int64(-7), {}, 1.0),
+        (r"1\frac{1}{2}", 1.5, {}, 1.0),
+        (r"5.5", r"1\dfrac{1}{2}", {}, 0.0),
+        ("8", ["7", 8], {}, 1.0),
+        ("9", ["7", 8], {}, 0.0),
     ],
 )
 def test_answers_are_compared(text, target, options, score):
@@ -91,7 +95,7 @@ def test_breakdown_says_what_was_read():
     assert result("none", 5).breakdown == {"answer": None, "target": 5.0}
 
 
-@pytest.mark.parametrize("target", ["seventy", "", None, True, float("nan"), [72]])
+@pytest.mark.parametrize("target", ["seventy", "", None, True, float("nan"), [72, "x"]])
 def test_a_target_without_a_number_is_a_data_error(target):
     with pytest.raises(DataError, match="s1"):
         result("72", target)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stateset_lightning.errors import ConfigError, RewardError
-from stateset_lightning.rewards import FunctionReward, Scorer, TRLReward, as_rewards
+from stateset_lightning.rewards import FunctionReward, RewardResult, Scorer, TRLReward, as_rewards
 from stateset_lightning.rewards.functions import is_async
 from stateset_lightning.types import Scenario, Turn
 
@@ -89,7 +89,7 @@ def test_conversations_give_messages_with_the_system_turn():
 
 
 def test_a_function_without_kwargs_gets_the_columns_that_it_names():
-    assert call(lambda completions, target: [completions == target]).score is True
+    assert call(lambda completions, target: [completions == target]).score == 1.0
     assert call(lambda completions, extra=None: [extra]) is None
 
 
@@ -155,3 +155,38 @@ def test_trls_own_functions_run():
     assert think.compute_reward(answer, CHAT.columns()).score == 1.0
     with pytest.raises(ConfigError, match="completion_ids"):
         as_rewards(rewards.get_soft_overlong_punishment(20, 4))
+
+
+def test_the_completion_of_a_conversation_is_all_that_came_behind_the_prompt():
+    """As TRL's trainer gives it (1.16): the model's answers, and the turns of tools between them."""
+    seen = []
+
+    def used_tool(prompts, completions, **kwargs):
+        seen.append((prompts, completions))
+        return [float(any(message["role"] == "tool" for message in messages)) for messages in completions]
+
+    answers = [("assistant", "call"), ("tool", "4"), ("assistant", "It is 4.")]
+    turns = [*CHAT.turns(), *(Turn(role, text) for role, text in answers)]
+    columns = {**CHAT.columns(), "num_turns": 2, "turn_rewards": [None, 1.0]}
+    assert TRLReward(used_tool).compute_reward(turns, columns).score == 1.0
+    told = [{"role": role, "content": text} for role, text in answers]
+    asked = [{"role": turn.role, "content": turn.content} for turn in CHAT.turns()]
+    assert seen == [([asked], [told])]
+    # A column of this name makes no conversation of a single turn.
+    TRLReward(used_tool).compute_reward([*turns[:-2]], {**CHAT.columns(), "num_turns": 2})
+    assert seen[1] == ([asked], [told[:1]])
+
+
+@pytest.mark.parametrize(
+    ("given", "score", "breakdown"),
+    [((1.0, {"why": "x"}), 1.0, {"why": "x"}), (RewardResult(0.5, {"a": 1}), 0.5, {"a": 1}), ({"score": 2}, 2.0, {})],
+)
+def test_a_list_of_one_may_hold_whatever_a_reward_may_return(given, score, breakdown):
+    result = call(lambda completions, **kwargs: [given])
+    assert (result.score, result.breakdown) == (score, breakdown)
+
+
+@pytest.mark.parametrize("given", [{0: 1.0}, {1.0}, {"score": 1.0}])
+def test_a_mapping_or_set_is_no_list_of_scores(given):
+    with pytest.raises(RewardError, match="must return a list of one number or None, but returned"):
+        call(lambda completions, **kwargs: given)

@@ -5,15 +5,18 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint
 from test_files import full_disk
 
-from stateset_lightning.errors import CheckpointError, DiskError
+from stateset_lightning.errors import CheckpointError, ConfigError, DiskError
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO, local_path, newest_checkpoints, read_checkpoint
 
 IO = AtomicCheckpointIO()
@@ -43,6 +46,24 @@ def test_what_is_written_is_read_and_replaces_what_was_there(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["last.ckpt"]
     IO.remove_checkpoint(tmp_path / "a" / "last.ckpt")
     assert not list((tmp_path / "a").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (Path("a"), "Path"),
+        (defaultdict(int), "defaultdict"),
+        (datetime(2026, 1, 1), "datetime"),
+        (np.mean([1]), "numpy"),
+    ],
+)
+def test_what_no_reader_would_take_is_not_written(tmp_path, value, named):
+    """Reading runs no code, so it takes no classes: a run whose checkpoints hold some could never be resumed."""
+    path = save(tmp_path / "last.ckpt", 1)
+    with pytest.raises(ConfigError, match=f"but a callback's state.* have .*{named}"):
+        IO.save_checkpoint({**checkpoint(2), "callbacks": {"Own": {"best": value}}}, path)
+    assert IO.load_checkpoint(path)["state_dict"]["weight"][0] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):

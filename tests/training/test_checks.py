@@ -71,6 +71,14 @@ def fits_trainer(trainer):
         ({"limit": 1, "num_iterations": 2}, "set it to 2"),
         ({"limit": 7, "num_iterations": 2, "steps_per_episode": 2}, "set it to 4"),
         ({"limit": 0.3, "num_iterations": 2}, "set it to 2"),
+        ({"accumulate": 0}, "trainer.accumulate_grad_batches=0 must be above 0"),
+        ({"accumulate": -1}, "trainer.accumulate_grad_batches=-1 must be above 0"),
+        ({"validation": (0, 1, 1.0)}, "trainer.val_check_interval=0 must be above 0"),
+        ({"validation": (1.0, 0, 1.0)}, "trainer.check_val_every_n_epoch=0 must be above 0"),
+        (
+            {"validation": (13, 1, 1.0)},
+            "val_check_interval=13 is more than the 12 micro-steps of an epoch: .*check_val_every_n_epoch to null",
+        ),
     ],
 )
 def test_what_cuts_an_episode_is_refused_with_the_remedy(options, remedy):
@@ -88,6 +96,9 @@ def test_what_cuts_an_episode_is_refused_with_the_remedy(options, remedy):
         {"limit": 1.0, "num_iterations": 2},
         {"limit": 0.5, "num_iterations": 2},
         {"limit": 999, "num_iterations": 2},  # the whole epoch
+        {"validation": (12, 1, 1.0)},
+        {"validation": (13, None, 1.0)},
+        {"validation": (13, 1, 0)},
     ],
 )
 def test_whole_episodes_pass(options):
@@ -239,6 +250,7 @@ def test_metrics_of_training_and_of_the_users_own_are_monitored():
     callbacks = [ModelCheckpoint(monitor=monitor, mode="max") for monitor in good]
     check_of(callbacks, reward=ExactMatch())()
     check_of([EarlyStopping("mine"), Own()], reward=ExactMatch())()
+    check_of([EarlyStopping("val/mine", mode="max"), Own()], reward=ExactMatch())()
 
 
 @pytest.mark.parametrize(

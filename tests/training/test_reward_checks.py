@@ -1,8 +1,12 @@
 """What rewards need and rows do not have stops a run before anything is sampled."""
 
+from contextlib import nullcontext
+
 import pytest
 from module_runs import DigitReward, fit, make_data, make_module, make_trainer
 
+from stateset_lightning.algorithm import GRPO
+from stateset_lightning.environments import EnvironmentConfig, ScriptedUser
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import (
     Contains,
@@ -14,7 +18,7 @@ from stateset_lightning.rewards import (
     RewardFunction,
     as_rewards,
 )
-from stateset_lightning.training.reward_checks import check_rewards
+from stateset_lightning.training.reward_checks import check_environment, check_rewards
 from stateset_lightning.types import Scenario
 
 
@@ -71,6 +75,27 @@ def test_a_column_that_no_row_has_is_named_with_those_that_there_are(reward, row
     with pytest.raises(ConfigError, match=message):
         fit(tmp_path, module, data, limit_val_batches=1)
     assert module.policy is None  # before the model is loaded
+
+
+def checks_maths(text, target):
+    import math_verify
+
+    return math_verify.verify(math_verify.parse(target), math_verify.parse(text))
+
+
+class Maths:
+    def reset(self, scenario, seed):
+        self.target = scenario["target"]
+
+    def step(self, text):
+        return None, float(checks_maths(text, self.target)), True
+
+
+@pytest.mark.parametrize(("factory", "warns"), [(Maths, True), (ScriptedUser, False)])
+def test_an_environment_that_sets_alarms_is_told_how_to_do_without(factory, warns):
+    environment = EnvironmentConfig(factory)
+    with pytest.warns(UserWarning, match=r"uses math_verify, .*parsing_timeout=None") if warns else nullcontext():
+        check_environment(environment, [], GRPO())
 
 
 def test_validate_is_refused_and_predict_is_not(tmp_path):
