@@ -15,12 +15,9 @@ if TYPE_CHECKING:  # `X as X`: this is exported, to type checkers as well (PEP 4
     from stateset_lightning.evaluation import EvaluationConfig as EvaluationConfig
     from stateset_lightning.module import GRPOLightningModule as GRPOLightningModule
     from stateset_lightning.policy import PolicyConfig as PolicyConfig
-    from stateset_lightning.rewards import RewardFunction as RewardFunction
-    from stateset_lightning.rewards import RewardResult as RewardResult
+    from stateset_lightning.rewards import RewardFunction as RewardFunction, RewardResult as RewardResult
     from stateset_lightning.rollout import RolloutConfig as RolloutConfig
-    from stateset_lightning.types import PromptBatch as PromptBatch
-    from stateset_lightning.types import Scenario as Scenario
-    from stateset_lightning.types import Turn as Turn
+    from stateset_lightning.types import PromptBatch as PromptBatch, Scenario as Scenario, Turn as Turn
 
 sys.meta_path.append(OldNames())
 

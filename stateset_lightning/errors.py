@@ -9,7 +9,8 @@ import inspect
 import logging
 import operator
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -128,6 +129,15 @@ def _bounds(hint: Any) -> list[Any]:
     """Bounds of a hint and, for `Annotated[...] | None`, of its members."""
     own = [item for item in getattr(hint, "__metadata__", ()) if type(item) in _WORDS]
     return own or [bound for member in get_args(hint) for bound in _bounds(member)]
+
+
+@contextmanager
+def told_as(kind: type[Exception], before: str, *caught: type[Exception], after: str = "") -> Iterator[None]:
+    """Foreign errors, of these types or of any, become one of `kind`: what they say, in a line, between two texts."""
+    try:
+        yield
+    except caught or Exception as error:  # noqa: B030 (a tuple of classes, or a class)
+        raise kind(f"{before}{one_line(error) or type(error).__name__}{after}") from error
 
 
 # Optional libraries ---------------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from module_runs import GradientRecorder, fit, make_data, make_module, relative_
 from stateset_lightning import PolicyConfig, RolloutConfig
 from stateset_lightning.algorithm import GRPO
 from stateset_lightning.errors import tell_once
-from stateset_lightning.policy import Group, Policy
-from stateset_lightning.policy import head as head_file
+from stateset_lightning.policy import Group, Policy, head as head_file
 from stateset_lightning.rollout import InProcessEngine, running_batch
 
 

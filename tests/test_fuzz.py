@@ -24,8 +24,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from stateset_lightning.data import read_split
 from stateset_lightning.errors import DataError, RewardError, UserError

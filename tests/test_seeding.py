@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from stateset_lightning.seeding import derive_seed, permutation, run_seed, sample_seeds, uniforms
 

@@ -9,8 +9,7 @@ from unittest.mock import patch
 from harness import IS_GPU
 from plain_kernels import plain_kernels
 
-from stateset_lightning.policy import head as head_file
-from stateset_lightning.policy import packed_attention
+from stateset_lightning.policy import head as head_file, packed_attention
 
 
 @contextmanager

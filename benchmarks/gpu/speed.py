@@ -395,8 +395,7 @@ def optimizer_step(policy: Policy, fused: bool) -> str:
 
 
 def profile(policy: Policy, shape: Shape) -> str:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
+    from torch.profiler import ProfilerActivity, profile as profiler
 
     engine = InProcessEngine(workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY), DTYPE)
     engine.sync(policy)

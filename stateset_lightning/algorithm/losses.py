@@ -179,8 +179,7 @@ def geometric_mean_loss(tokens: TokenBatch, *, log_epsilon_low: float, log_epsil
     pessimistic_T = torch.where(advantages_T > 0, log_ratio_T.clamp(max=high), log_ratio_T.clamp(min=low))
     ratio_N = sequence_means(pessimistic_T, tokens.lengths_N).exp()
     clipped_T = beyond(log_ratio_T, low, high, advantages_T)
-    loss_T = per_token(-advantages_N * ratio_N, tokens.lengths_N, len(log_ratio_T))
-    return loss_T, ratio_metrics(ratio_N, *clipped_T)
+    return per_token(-advantages_N * ratio_N, tokens.lengths_N, len(log_ratio_T)), ratio_metrics(ratio_N, *clipped_T)
 
 
 def gamma_weighted_loss(
@@ -209,8 +208,7 @@ def quadratic_loss(tokens: TokenBatch, *, tau: float) -> Loss:
     mean_N = sequence_means(tokens.logprobs_T - tokens.old_logprobs_T, tokens.lengths_N)  # however far
     share_N = 0.5 * tau * mean_N.square() * tokens.lengths_N.to(mean_N)  # (sum of log ratios)^2 / length
     penalty_T = per_token(share_N, tokens.lengths_N, len(tokens.logprobs_T))
-    loss_T = -advantages_of(tokens) * tokens.logprobs_T + penalty_T
-    return loss_T, ratio_metrics(log_ratio(mean_N).exp())
+    return -advantages_of(tokens) * tokens.logprobs_T + penalty_T, ratio_metrics(log_ratio(mean_N).exp())
 
 
 def _completion_advantages(tokens: TokenBatch) -> Tensor:

@@ -1,10 +1,8 @@
 """A folder -> a repository of models on the Hugging Face hub, with the token that the user is logged in by."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from stateset_lightning.errors import ConfigError, one_line
+from stateset_lightning.errors import ConfigError, told_as
 
 # What an earlier model may have left in a repository: it would be loaded beside the new one, or in its place.
 _OF_A_MODEL = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "chat_template*"]
@@ -21,7 +19,8 @@ def made_repository(name: str) -> str:
 
     if get_token() is None:
         raise ConfigError(f"--push {name}: no token of the Hugging Face hub is found: {_LOG_IN}")
-    with _hub_errors(name, f"check the name and the connection, and {_LOG_IN}"):
+    # Errors are of huggingface_hub, of the library that it speaks HTTP with, or of Xet.
+    with told_as(ConfigError, f"--push {name}: ", after=f"; check the name and the connection, and {_LOG_IN}"):
         return str(HfApi().create_repo(name, private=True, exist_ok=True).repo_id)
 
 
@@ -36,14 +35,6 @@ def upload(folder: str | Path, repository: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    with _hub_errors(repository, f"{folder} is complete: `hf upload {repository} {folder}` tries again"):
-        done = HfApi().upload_folder(repo_id=repository, folder_path=folder, delete_patterns=_OF_A_MODEL)
-        return str(done.repo_url)
-
-
-@contextmanager
-def _hub_errors(name: str, say: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of huggingface_hub, of the library that it speaks HTTP with, or of Xet
-        raise ConfigError(f"--push {name}: {one_line(error) or type(error).__name__}; {say}") from error
+    say = f"; {folder} is complete: `hf upload {repository} {folder}` tries again"
+    with told_as(ConfigError, f"--push {repository}: ", after=say):
+        return str(HfApi().upload_folder(repo_id=repository, folder_path=folder, delete_patterns=_OF_A_MODEL).repo_url)

@@ -153,8 +153,7 @@ def _load(source: str, policy: PolicyConfig, state: Mapping[str, Tensor], saved:
     weights = {name.removeprefix(_WEIGHTS): value for name, value in state.items() if name.startswith(_WEIGHTS)}
     adapter = saved.get("adapter")
     if adapter is None:  # as it was trained
-        floating = (value.dtype for value in weights.values() if value.is_floating_point())
-        dtype = next(floating, torch.float32)
+        dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
     else:
         dtype = getattr(torch, name := str(adapter["base"]["dtype"]), None)  # type: ignore[assignment]
         if not isinstance(dtype, torch.dtype):

@@ -5,7 +5,6 @@ Unless that is wanted, special tokens in a scenario's text are encoded as plain 
 another or end the sequence.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +20,13 @@ from transformers.utils.chat_template_utils import mark_control_tokens
 from stateset_lightning.data import content
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.scenario_set import ServedScenarios
-from stateset_lightning.errors import ConfigError, DataError, one_line
+from stateset_lightning.errors import ConfigError, DataError, log, one_line, told_as
 from stateset_lightning.types import Scenario, Turn
 from stateset_lightning.workers import limited, rendered
 
 # What happens to prompts longer than `data.max_prompt_tokens`.
 OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
-_log = logging.getLogger(__name__)
 
 _BATCH = 256  # texts that are rendered, and tokenized, at a time
 _MOST_CHARACTERS, _MOST_TIMES = 2**16, 10  # that a template writes of its own, and of what it is given
@@ -142,7 +140,7 @@ class PromptEncoder:
         if (marked := sum(count for *_, count in encoded)) and not is_tried:
             shown = ", ".join(special_tokens(self.tokenizer)[:_IDS_SHOWN])
             held = f"{key}: the text of {marked} of {len(scenarios)} scenarios holds special tokens ({shown})"
-            _log.warning("%s, encoded as plain text; data.parse_special_tokens=true encodes them as such", held)
+            log.warning("%s, encoded as plain text; data.parse_special_tokens=true encodes them as such", held)
         found = self._limit_lengths(scenarios, tokens, key)
         opened = [text for _, texts, _ in encoded for text in texts]
         return replace(found, opened=[opened[i] for i in found.kept])
@@ -250,11 +248,9 @@ class PromptEncoder:
 
     def _tokenize_as_text(self, text: str, scenario: str, key: str) -> list[int]:
         """Prompt tokens in which only the template's own special tokens are such, not those in the scenario's text."""
-        try:
+        why = f"{key}: scenario '{scenario}' holds a special token that cannot be written as plain text: "
+        with told_as(DataError, why, ValueError, after="; remove it, or set data.parse_special_tokens=true"):
             ids = self.tokenizer(text, sanitize_control_tokens=True, add_special_tokens=False)["input_ids"]
-        except ValueError as error:
-            why = f"scenario '{scenario}' holds a special token that cannot be written as plain text: {error}"
-            raise DataError(f"{key}: {why}; remove it, or set data.parse_special_tokens=true") from error
         return [int(i) for i in ids]
 
     def between_answers(self, turns: Sequence[Turn], ended: str) -> list[int]:

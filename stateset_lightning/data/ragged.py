@@ -25,8 +25,7 @@ class RaggedTokens:
     @classmethod
     def from_lists(cls, lists: Sequence[Sequence[int]]) -> "RaggedTokens":
         lengths = np.fromiter(map(len, lists), dtype=np.int32, count=len(lists))
-        flat = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(lengths.sum()))
-        return cls(flat, lengths)
+        return cls(np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(lengths.sum())), lengths)
 
     @classmethod
     def concatenate(cls, parts: Iterable["RaggedTokens"]) -> "RaggedTokens":

@@ -185,8 +185,7 @@ def _read_yaml(path: Path, text: str) -> Any:
     # The C loader is ten times as fast and as safe, but not in every build of PyYAML.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     # Merging (<<) writes aliases out. Others are looked at row by row.
-    most = len(text) if "<<" in text else None
-    return load_yaml(text, path, loader, most, DataError, rows="")
+    return load_yaml(text, path, loader, len(text) if "<<" in text else None, DataError, rows="")
 
 
 def _read_value(read: Callable[[Path, str], Any], path: Path, content: Content, split: str) -> Rows:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stateset_lightning.errors import ConfigError, imported
+from stateset_lightning.errors import ConfigError, imported, told_as
 
 MAX_SIZE = 1_000_000
 MAX_SEED = 2_000
@@ -25,10 +25,9 @@ def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place
     if task not in known or task == "composite":
         has = ", ".join(sorted(known))
         raise ConfigError(f"{place}: reasoning_gym={task!r} is no task of the library; it has: {has}")
-    try:
+    refused = f"{place}: reasoning_gym={task} does not take options={dict(options)}: "
+    with told_as(ConfigError, refused, AssertionError, TypeError, ValueError):
         entries = reasoning_gym.create_dataset(task, **{**options, "size": size, "seed": seed * MAX_SIZE})
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: reasoning_gym={task} does not take options={dict(options)}: {error}") from error
     return [_row(task, options, entries[index]) for index in range(size)]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from stateset_lightning.data import content
 from stateset_lightning.data.rows import ListRows, header_of, is_stream, is_table, rows_in, split_in, unwrapped
 from stateset_lightning.data.stream import Stream
-from stateset_lightning.errors import ConfigError, DataError, UserError, imported
+from stateset_lightning.errors import ConfigError, DataError, UserError, imported, told_as
 from stateset_lightning.types import of_numpy
 
 if TYPE_CHECKING:  # it takes a tenth of a second, and most files are texts
@@ -56,13 +56,14 @@ class ArrowRows(Sequence[dict[str, Any]]):
             yield from self._mappings(batch)
 
     def _mappings(self, part: Any) -> list[dict[str, Any]]:
-        try:
+        # Errors are of Arrow, and of text that is no UTF-8, of which it makes none itself.
+        with told_as(
+            DataError, f"{self._origin}: a cell cannot be read (", ValueError, after="); write the table again"
+        ):
             part.validate(full=True)  # offsets of a damaged file point anywhere: reading them would end the process
             rows: list[dict[str, Any]] = part.to_pylist()
             for row, (name, kind) in product(rows, self._short.items()):
                 row[name] = None if row[name] is None else of_numpy(np.array(row[name], kind))
-        except ValueError as error:  # of Arrow, and text that is no UTF-8, of which it makes none itself
-            raise DataError(f"{self._origin}: a cell cannot be read ({error}); write the table again") from error
         return rows
 
 
@@ -102,8 +103,7 @@ def _parquet(path: Path) -> ArrowRows:
             for batch in file.iter_batches(_BATCH):
                 writer.write_batch(batch)
     unpacked.flush()
-    table = pyarrow.ipc.open_file(pyarrow.memory_map(f"/dev/fd/{unpacked.fileno()}")).read_all()
-    return ArrowRows(table, str(path))
+    return ArrowRows(pyarrow.ipc.open_file(pyarrow.memory_map(f"/dev/fd/{unpacked.fileno()}")).read_all(), str(path))
 
 
 def _arrow(*paths: Path) -> ArrowRows:
@@ -117,8 +117,7 @@ def _arrow(*paths: Path) -> ArrowRows:
 
 
 def _sheet(path: Path) -> list[dict[str, Any]]:
-    openpyxl = imported("openpyxl", "xlsx", f"{path}: an Excel sheet")
-    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    book = imported("openpyxl", "xlsx", f"{path}: an Excel sheet").load_workbook(path, read_only=True, data_only=True)
     header, *rows = [row for row in book.worksheets[0].iter_rows(values_only=True) if any(c is not None for c in row)]
     names = header_of(path, header)
     return [dict(zip(names, row, strict=True)) for row in rows]

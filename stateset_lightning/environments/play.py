@@ -1,4 +1,8 @@
-"""One play of a batch's conversations: the state of all of them, and what happens turn by turn.
+"""Plays conversations: an engine samples a turn of each, environments answer, and the engine goes on where they did.
+
+A conversation is what was sampled. An environment's turns become the tokens that the chat template adds for them, and
+are marked as not sampled; nothing that the model said is encoded again. Conversations of a part of the prompts
+sample their next turn together; an environment answers on a thread, while other conversations still sample.
 
 Letters: P prompts, N = P * G conversations, T tokens of all of them behind their prompts.
 """
@@ -9,10 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,36 +25,18 @@ from stateset_lightning.data.prompts import asked
 from stateset_lightning.environments.adapters import Driver
 from stateset_lightning.environments.base import EnvironmentFailure, Opening
 from stateset_lightning.environments.conversation import CLOSING, Conversation
+from stateset_lightning.environments.player import Player, TurnTaken
 from stateset_lightning.environments.processes import HostedDriver, Processes
 from stateset_lightning.environments.tools import CALL_COUNTS, UserCode
 from stateset_lightning.errors import DataError
-from stateset_lightning.rollout import OnFinished, RolloutConfig, RolloutEngine
+from stateset_lightning.rollout import InProcessEngine, OnFinished, RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import derive_seed
-from stateset_lightning.threads import DaemonThreads, wait_for
+from stateset_lightning.threads import DaemonThreads, interruptible, wait_for
 from stateset_lightning.types import FinishReason, Metrics, PromptBatch, Rollout, Scenario, Turn, answered
-
-if TYPE_CHECKING:
-    from stateset_lightning.environments.player import Player
 
 # Called with (number, conversation, its environment's reward) when it has ended, in no particular order. It may take
 # over the environment, of the conversation's `driver`, which is closed otherwise.
 OnEnded = Callable[[int, Conversation, float | None], None]
-
-
-class TurnTaken(NamedTuple):
-    """What a conversation has said in a turn: the scenario's id, the model's text, and the environment's turns.
-
-    `ended` is what ended the conversation with this turn (environment, turns, tokens, length, failure); "" if it goes
-    on. The reply of one that ends is left out.
-    """
-
-    id: str
-    text: str
-    reply: tuple[Turn, ...]
-    ended: str
-
-
-OnTurn = Callable[[int, list[TurnTaken]], None]
 _Call = tuple[Future[Any], float]  # of an environment, and by when, of `time.monotonic`, it must have returned
 
 
@@ -68,17 +55,28 @@ class Limits:
 
 @dataclass
 class Play:
-    """One call of `Player.play`, whose arguments it has."""
+    """The conversations of a batch: the state of all of them, and what happens turn by turn.
 
-    player: "Player"
-    threads: DaemonThreads
+    Args:
+        player: Of the run.
+        batch: What conversations are about.
+        size: Conversations of each prompt.
+        sampling: Of each turn.
+        seeds_N: Of the noise of each conversation's first turn; those of the others follow from it. The seed of a
+            group's environments is the first of the group's.
+        limits: Of turns and conversations.
+        engine: Samples turns.
+        greedy: See `RolloutEngine.generate`.
+    """
+
+    player: Player
     batch: PromptBatch
-    size: int  # of a group
+    size: int
     sampling: RolloutConfig
     seeds_N: Sequence[int]
     limits: Limits
     engine: RolloutEngine
-    greedy: bool
+    greedy: bool = False
     all: list[Conversation] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)  # of each group
     rendered: dict[Any, tuple[list[Turn], list[int]]] = field(default_factory=dict)
@@ -86,7 +84,28 @@ class Play:
 
     def __post_init__(self) -> None:
         self.config = self.player.config
+        self.threads = DaemonThreads(len(self.seeds_N), "environment")
         self.processes = Processes(self.config, self.player.make) if self.config.processes else None
+
+    @interruptible()
+    def run(self, on_ended: OnEnded) -> tuple[PromptBatch, Rollout, Metrics]:
+        """Samples whole conversations, and has each scored by `on_ended` while others go on.
+
+        Returns:
+            The batch with the prompts that its conversations begin with; what was said; and what happened, by metric,
+            as (sum, conversations).
+        """
+        try:
+            self.begin()
+            with self.engine.keeping_caches() if isinstance(self.engine, InProcessEngine) else nullcontext():
+                self.take_turns(on_ended)
+        finally:
+            self.threads.close(seconds=0)
+            for conversation in self.all:
+                conversation.let_go()
+            if self.processes is not None:
+                self.processes.close()
+        return self.result()
 
     # The parts of a conversation -------------------------------------------------------------------------------------
 
@@ -173,8 +192,7 @@ class Play:
         rewards = {n: self._call(driver.code.submit, driver.get_reward) for n, driver in drivers.items()}
         yield list(rewards.values())
         for n in ended:
-            reward = self._wait(self.all[n], rewards[n]) if n in rewards else None
-            on_ended(n, self.all[n], reward)
+            on_ended(n, self.all[n], self._wait(self.all[n], rewards[n]) if n in rewards else None)
             self.all[n].let_go()
 
     def result(self) -> tuple[PromptBatch, Rollout, Metrics]:
@@ -213,8 +231,7 @@ class Play:
 
     def _step(self, n: int, text: str) -> _Call:
         """Has an environment answer: the completion, behind what the prompt has opened of it (`<think>`)."""
-        said = answered(self.all[n].turns, text)[-1].content
-        return self._call(self.threads.submit, self._driver(n).step, said)
+        return self._call(self.threads.submit, self._driver(n).step, answered(self.all[n].turns, text)[-1].content)
 
     def _taken(self, conversation: Conversation) -> TurnTaken:
         """The last turn of the model, and what came behind it."""
@@ -234,14 +251,12 @@ class Play:
         """The prompt of a scenario with what its environment begins with, and with the tools; once for a group."""
         scenario, schemas = conversation.scenario, driver.schemas
         self.counts.update(dict.fromkeys(CALL_COUNTS if schemas else (), 0))  # also where nothing is called
-        encoder = self.player.encoder.with_tools(schemas)
         try:
             turns = opening.after(scenario.turns(self.player.encoder.system_prompt))
             if (key := (scenario.id, str(schemas), tuple(turns))) not in self.rendered:
                 opened = Scenario(id=scenario.id, messages=tuple(turns))
-                prompts = encoder.encode([opened], "model.environment", is_tried=True)
-                tokens = [int(token) for token in prompts.tokens[0]]
-                self.rendered[key] = asked(opened, prompts.opened[0]), tokens
+                prompts = self.player.encoder.with_tools(schemas).encode([opened], "model.environment", is_tried=True)
+                self.rendered[key] = asked(opened, prompts.opened[0]), prompts.tokens[0]
         except (EnvironmentFailure, DataError) as error:  # the template may refuse what an environment begins with
             self._fail(conversation, error)
             return
@@ -325,5 +340,4 @@ def _close_late(start: Future[tuple[Driver, Opening]]) -> None:
 
 def _common_start(rows: Sequence[Sequence[int]]) -> list[int]:
     """The tokens with which all rows begin; at least one is left to each row that has more than the others."""
-    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
-    return [tokens[0] for tokens in same]
+    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))]

@@ -1,32 +1,37 @@
-"""Plays conversations: an engine samples a turn of each, environments answer, and the engine goes on where they did.
+"""What plays of a run have in common: the environment, the encoder of what it says, and who is told of turns."""
 
-A conversation is what was sampled. An environment's turns become the tokens that the chat template adds for them, and
-are marked as not sampled; nothing that the model said is encoded again. Conversations of a part of the prompts
-sample their next turn together; an environment answers on a thread, while other conversations still sample.
-
-Letters: P prompts, N = P * G conversations, T tokens of all of them behind their prompts.
-"""
-
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments.adapters import Driver, Settings, as_environment
 from stateset_lightning.environments.config import EnvironmentConfig
-from stateset_lightning.environments.play import Limits, OnEnded, OnTurn, Play
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.rollout import RolloutConfig, RolloutEngine
-from stateset_lightning.rollout.in_process import InProcessEngine
-from stateset_lightning.threads import DaemonThreads, interruptible
-from stateset_lightning.types import Metrics, PromptBatch, Rollout
+from stateset_lightning.rollout import RolloutConfig
+from stateset_lightning.types import Turn
+
+
+class TurnTaken(NamedTuple):
+    """What a conversation has said in a turn: the scenario's id, the model's text, and the environment's turns.
+
+    `ended` is what ended the conversation with this turn (environment, turns, tokens, length, failure); "" if it goes
+    on. The reply of one that ends is left out.
+    """
+
+    id: str
+    text: str
+    reply: tuple[Turn, ...]
+    ended: str
+
+
+OnTurn = Callable[[int, list[TurnTaken]], None]
 
 
 @dataclass(frozen=True)
 class Player:
-    """Plays conversations with any engine.
+    """What a `Play` needs to know of its run.
 
     Args:
         config: Which environment, and how long.
@@ -62,46 +67,3 @@ class Player:
         spoken = None if config.processes else tokenizer  # which knows forms of tool calls, and needs torch
         settings = Settings(spoken, config.timeout / 2, config.max_turns, timeout=config.timeout)
         return cls(config, encoder, partial(as_environment, factories.get("", factories), settings), tell)
-
-    @interruptible()
-    def play(
-        self,
-        engine: RolloutEngine,
-        batch: PromptBatch,
-        num_generations: int,
-        sampling: RolloutConfig,
-        seeds_N: Sequence[int],
-        limits: Limits,
-        on_ended: OnEnded,
-        greedy: bool = False,
-    ) -> tuple[PromptBatch, Rollout, Metrics]:
-        """Samples whole conversations.
-
-        Args:
-            engine: Samples turns.
-            batch: What conversations are about.
-            num_generations: Conversations of each prompt.
-            sampling: Of each turn.
-            seeds_N: Of the noise of each conversation's first turn; those of the others follow from it. The seed of a
-                group's environments is the first of the group's.
-            limits: Of turns and conversations.
-            on_ended: Scores a conversation, while others go on.
-            greedy: See `RolloutEngine.generate`.
-
-        Returns:
-            The batch with the prompts that its conversations begin with; what was said; and what happened, by metric,
-            as (sum, conversations).
-        """
-        threads = DaemonThreads(len(seeds_N), "environment")
-        play = Play(self, threads, batch, num_generations, sampling, seeds_N, limits, engine, greedy)
-        try:
-            play.begin()
-            with engine.keeping_caches() if isinstance(engine, InProcessEngine) else nullcontext():
-                play.take_turns(on_ended)
-        finally:
-            threads.close(seconds=0)
-            for conversation in play.all:
-                conversation.let_go()
-            if play.processes is not None:
-                play.processes.close()
-        return play.result()

@@ -6,7 +6,7 @@ from typing import Any
 from stateset_lightning.data.rows import BadRow
 from stateset_lightning.data.scenarios import checked_texts
 from stateset_lightning.environments.base import EnvironmentFailure, turns_of
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, told_as
 
 
 class ScriptedUser:
@@ -28,10 +28,8 @@ class ScriptedUser:
     def __init__(self, responses: list[str] | None = None, column: str = "replies") -> None:
         self._responses, self._column = responses, column
         if responses is not None:
-            try:
+            with told_as(ConfigError, f"scripted_user.responses={responses!r:.80}: ", BadRow):
                 checked_texts("responses", responses)
-            except BadRow as error:
-                raise ConfigError(f"scripted_user.responses={responses!r:.80}: {error}") from error
 
     def reset(self, scenario: Mapping[str, Any], seed: int) -> str | None:
         self._left = iter(self._of(scenario) if self._responses is None else self._responses)
@@ -44,7 +42,5 @@ class ScriptedUser:
     def _of(self, scenario: Mapping[str, Any]) -> list[str]:
         if (said := scenario.get("user_responses")) is not None:  # read and checked as a script
             return list(said[1:])
-        try:
+        with told_as(EnvironmentFailure, f"scenario {scenario.get('id')!r}: ", BadRow):
             return checked_texts(self._column, scenario.get(self._column))
-        except BadRow as error:
-            raise EnvironmentFailure(f"scenario {scenario.get('id')!r}: {error}") from error

@@ -82,8 +82,7 @@ def find_calls(text: str, tokenizer: Any = None, schemas: Schemas = ()) -> list[
             else:
                 return [_as_call(call) for call in message.get("tool_calls") or ()]
     bare = text.strip()
-    is_bare = _BARE_JSON.match(bare) or _BARE_PYTHON.match(bare)
-    regions = _REGION.findall(text) or ([bare] if is_bare else [])
+    regions = _REGION.findall(text) or ([bare] if _BARE_JSON.match(bare) or _BARE_PYTHON.match(bare) else [])
     return [call for region in regions for call in _read(region.strip(), schemas)] or failure
 
 
@@ -142,9 +141,8 @@ def _of_tags(name: str, text: str, properties: Mapping[str, Any]) -> Call | Malf
 
 def _typed(text: str, schema: Mapping[str, Any]) -> Any:
     """A value without quotes: what its schema says is text, else as JSON or Python write it."""
-    is_null = schema.get("nullable") and text in ("null", "None")
     if schema.get("type") == "string":
-        return None if is_null else text
+        return None if schema.get("nullable") and text in ("null", "None") else text
     with suppress(ValueError, RecursionError):
         return _WORDS[text] if text in _WORDS else json.loads(text)
     return text

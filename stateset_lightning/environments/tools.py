@@ -16,7 +16,7 @@ from pydantic import PositiveFloat
 
 from stateset_lightning.environments.base import EnvironmentFailure, Reply, kept_for_each, signature_of
 from stateset_lightning.environments.tool_calls import Call, Malformed
-from stateset_lightning.errors import ConfigError, bounded, by_path, one_line
+from stateset_lightning.errors import ConfigError, bounded, by_path, one_line, told_as
 from stateset_lightning.threads import DaemonThreads, EventLoopThread
 from stateset_lightning.types import Turn
 
@@ -131,12 +131,11 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     """
     from transformers.utils import get_json_schema  # slow to import
 
-    try:
+    name = getattr(function, "__qualname__", repr(function))
+    must = '; write a type for each argument, and a docstring with "Args:" and a line "name: what it is" for each'
+    # The library's own errors are plain exceptions, and hints may raise any.
+    with told_as(ConfigError, f"tool {name} cannot be described to the model: ", after=must):
         return get_json_schema(function)
-    except Exception as error:  # the library's own errors are plain exceptions; hints may raise any
-        name = getattr(function, "__qualname__", repr(function))
-        must = 'write a type for each argument, and a docstring with "Args:" and a line "name: what it is" for each'
-        raise ConfigError(f"tool {name} cannot be described to the model: {one_line(error)}; {must}") from error
 
 
 def run_tools(calls: list[Call | Malformed], functions: Functions, code: UserCode, timeout: float | None) -> Reply:

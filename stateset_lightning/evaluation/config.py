@@ -53,8 +53,7 @@ class EvaluationConfig:
     @property
     def ks(self) -> list[int]:
         """The k of pass@k: powers of two below `samples`, and `samples`."""
-        powers = {2**i for i in range(self.samples.bit_length())}
-        return sorted(powers | {self.samples}) if self.samples else []
+        return sorted({2**i for i in range(self.samples.bit_length())} | {self.samples}) if self.samples else []
 
     def answer(self, text: str) -> str | None:
         """What a completion votes for, with runs of white space as one space; None, no vote, without a match."""

@@ -77,8 +77,7 @@ class Evaluation:
         if self.config.solved_by is not None:
             score_N = scores.values_NF[:, scores.names.index(self.config.solved_by)]
             score_N = score_N.where(score_N != NOT_APPLICABLE, torch.nan)
-        solved_N = (score_N >= self.config.solved_at - TOLERANCE).double()
-        return solved_N.where(score_N.isfinite(), torch.nan)
+        return (score_N >= self.config.solved_at - TOLERANCE).double().where(score_N.isfinite(), torch.nan)
 
     def _sampled(self, rollout: Rollout, scores: Scores) -> dict[str, Tensor]:
         """The measures of the samples by name, [P]."""
@@ -105,8 +104,7 @@ class Evaluation:
         if not prompts:
             return result
         topics, rows = zip(*prompts, strict=True)
-        values_PM = torch.tensor(rows, dtype=torch.float64)
-        columns = dict(zip(self.names, values_PM.T, strict=True))
+        columns = dict(zip(self.names, torch.tensor(rows, dtype=torch.float64).T, strict=True))
         means = {**columns}
         for turns in sorted(set(_finite(columns["turns"]))):
             means[f"score_by_turns/{turns:g}"] = columns["reward"][columns["turns"] == turns]

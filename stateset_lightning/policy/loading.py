@@ -104,49 +104,43 @@ def load_model(
     """
     if policy.float32_matmul is not None:
         torch.set_float32_matmul_precision(policy.float32_matmul)
+    name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
     device = torch.get_default_device()
     # In the context of another device transformers asks for accelerate, and an adapter would have other numbers there.
     with torch.device("cpu"):
-        model = _load_on_cpu(policy, default_dtype, seed, tokenizer)
+        with loading_errors(option):
+            name, of_config, of_weights = _gguf_options(name, option)
+            config = AutoConfig.from_pretrained(name, **of_config, **_hub_options(policy))
+            _set_dropout(config.get_text_config(), policy.dropout)
+            if "quantization_config" not in policy.model_kwargs:
+                _dequantize(config, policy.model_name)
+            dtype = getattr(torch, policy.dtype) if policy.dtype else default_dtype
+            own = {"dtype": dtype, "attn_implementation": policy.attn_implementation, **_hub_options(policy)}
+            # Nor is attention taken from a config.json.
+            others = {"experts_implementation": None, **of_weights, **policy.model_kwargs}
+            model, report = auto_class(config).from_pretrained(
+                name, config=config, weights_only=True, output_loading_info=True, **own, **others
+            )
+        check_complete(option, report["missing_keys"], "causal language model")
+        _prepare_quantized(model, option)
+        if tokenizer is not None:
+            check_vocabulary(option, model, tokenizer)
+        if is_adapted(model):
+            raise _is_an_adapter(policy.model_name)
+        freeze_all_but_text(model, policy.model_name)
+        if policy.gradient_checkpointing:
+            # Non-reentrant: the reentrant form does not pass keyword arguments on, and does not work when no input
+            # requires a gradient.
+            with loading_errors("model.policy.gradient_checkpointing=True"):
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.disable_input_require_grads()  # a hook for the reentrant form; fast decoding knows no model with any
+        if policy.adapter is not None:
+            with loading_errors(f"model.policy.adapter={policy.adapter!r}"):
+                load_adapter(model, policy.adapter, policy.lora)
+        elif policy.lora is not None:
+            add_adapter(model, policy.lora, seed)
+    model.eval()
     return model if model.device == device else model.to(device)
-
-
-def _load_on_cpu(
-    policy: PolicyConfig, default_dtype: torch.dtype, seed: int, tokenizer: PreTrainedTokenizerBase | None
-) -> PreTrainedModel:
-    name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
-    with loading_errors(option):
-        name, of_config, of_weights = _gguf_options(name, option)
-        config = AutoConfig.from_pretrained(name, **of_config, **_hub_options(policy))
-        _set_dropout(config.get_text_config(), policy.dropout)
-        if "quantization_config" not in policy.model_kwargs:
-            _dequantize(config, policy.model_name)
-        dtype = getattr(torch, policy.dtype) if policy.dtype else default_dtype
-        own = {"dtype": dtype, "attn_implementation": policy.attn_implementation, **_hub_options(policy)}
-        # Nor is attention taken from a config.json.
-        others = {"experts_implementation": None, **of_weights, **policy.model_kwargs}
-        model, report = auto_class(config).from_pretrained(
-            name, config=config, weights_only=True, output_loading_info=True, **own, **others
-        )
-    check_complete(option, report["missing_keys"], "causal language model")
-    _prepare_quantized(model, option)
-    if tokenizer is not None:
-        check_vocabulary(option, model, tokenizer)
-    if is_adapted(model):
-        raise _is_an_adapter(policy.model_name)
-    freeze_all_but_text(model, policy.model_name)
-    if policy.gradient_checkpointing:
-        # Non-reentrant: the reentrant form does not pass keyword arguments on, and does not work when no input requires
-        # a gradient.
-        with loading_errors("model.policy.gradient_checkpointing=True"):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.disable_input_require_grads()  # a hook for the reentrant form; fast decoding knows no model with hooks
-    if policy.adapter is not None:
-        with loading_errors(f"model.policy.adapter={policy.adapter!r}"):
-            load_adapter(model, policy.adapter, policy.lora)
-    elif policy.lora is not None:
-        add_adapter(model, policy.lora, seed)
-    return model.eval()
 
 
 def _hub_options(policy: PolicyConfig) -> dict[str, Any]:

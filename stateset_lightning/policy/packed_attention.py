@@ -213,8 +213,7 @@ def _make_rows(
         queries_RM, completion_places = _rows(completions)
         keys_RK = np.concatenate([prompts_PL[prompt_of_row], queries_RM], axis=1)
         lengths_R = np.array([prompts[i][1] for i in prompt_of_row])
-        mask = _mask(lengths_R, prompts_PL.shape[1], queries_RM.shape[1])
-        arrays = prompts_PL, queries_RM, keys_RK, mask
+        arrays = prompts_PL, queries_RM, keys_RK, _mask(lengths_R, prompts_PL.shape[1], queries_RM.shape[1])
         at_prompts, at_queries, at_keys, sees = (uploaded(torch.from_numpy(x), device) for x in arrays)
         buckets.append(Bucket(at_prompts, at_queries, at_keys, sees, lengths_R))
         places += [prompt_places, completion_places]

@@ -174,8 +174,7 @@ class Policy(nn.Module):
         training = self.model.training
         self.eval()
         try:
-            most = TOKENS_WITHOUT_GRADIENT.get(self.device.type, TOKENS_WITHOUT_GRADIENT["cpu"])
-            batches = _batches(groups, most)
+            batches = _batches(groups, TOKENS_WITHOUT_GRADIENT.get(self.device.type, TOKENS_WITHOUT_GRADIENT["cpu"]))
             # Each forward of shards takes all ranks: those with fewer batches go on with what nobody asked for.
             rounds = max(Ranks.current().gather(len(batches))) if isinstance(self, FSDPModule) else 0
             scores = [self.score(batch, temperature) for batch in batches]
@@ -310,8 +309,7 @@ class Policy(nn.Module):
             self.model = policys
         if self.uses_chunked_head:
             outputs = capped(model.get_output_embeddings()(outputs).float(), self.softcap)
-        logps = outputs.float().log_softmax(-1)
-        return float((logps - torch.cat(expected)).abs().max())
+        return float((outputs.float().log_softmax(-1) - torch.cat(expected)).abs().max())
 
 
 def _batches(groups: Sequence[Group], most: int) -> list[list[Group]]:

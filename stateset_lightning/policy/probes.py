@@ -46,8 +46,7 @@ def probe_tokens(count: int, start: int = 0) -> list[int]:
 
 def own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Log-probs [S, V] behind each token by the model's own forward, of one row, without cache or mask."""
-    logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
-    return logits[0].float().log_softmax(-1)
+    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().log_softmax(-1)
 
 
 @torch.no_grad()

@@ -172,14 +172,9 @@ def completion(turns: Turns) -> str:
     return str(turns[-1].get("content", "")) if turns else ""
 
 
-def places_of(turns: Turns, num_turns: int) -> list[int]:
-    """Where the model's turns stand: the last `num_turns` of the assistant's."""
-    return [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][-num_turns:]
-
-
 def joined(turns: Turns, num_turns: int) -> list[Turn]:
-    """The conversation up to the model's turns, and these as one turn."""
-    places = places_of(turns, num_turns)
+    """The conversation up to the model's turns, the last `num_turns` of the assistant's, and these as one turn."""
+    places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][-num_turns:]
     return [*turns[: places[0]], Turn("assistant", "\n".join(str(turns[i]["content"]) for i in places))]
 
 
@@ -217,8 +212,7 @@ def target_texts(context: Context, reward: str, content: Callable[[str], object]
     """
 
     def read(target: Any) -> list[str]:
-        items = target if isinstance(target, list) else [target]
-        texts = list(map(text_of, items))
+        texts = list(map(text_of, target if isinstance(target, list) else [target]))
         return texts if all(map(content, texts)) else []
 
     return target_of(context, reward, read, "is empty")

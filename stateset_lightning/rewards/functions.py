@@ -186,9 +186,7 @@ class FunctionReward(RewardFunction):
             target = by_role["target"]
             named = {n: target for n in _MEANS_TARGET if target is not None and context.get(n) is None}
             given = {n: value for n, value in {**context, **named}.items() if n not in self._hidden} | given
-        if self.takes_lists:
-            return {n: value if n in _NO_LISTS else [value] for n, value in given.items()}
-        return given
+        return {n: value if n in _NO_LISTS else [value] for n, value in given.items()} if self.takes_lists else given
 
     def _column(self, name: str, columns: Mapping[str, Any]) -> str:
         """The column of a parameter: of `extra_infos`, which takes lists, `extra_info`."""
@@ -208,7 +206,7 @@ class FunctionReward(RewardFunction):
             messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
             # TRL's completion of a conversation is all that came behind the prompt.
             is_played = self.turns == "last" and "turn_rewards" in context
-            first = base.places_of(turns, context["num_turns"])[0] if is_played else len(turns) - 1
+            first = len(base.joined(turns, context["num_turns"]) if is_played else turns) - 1
             found["asked"], found["completion"] = messages[:first], messages[first:]
         return found
 

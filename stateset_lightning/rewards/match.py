@@ -8,7 +8,7 @@ import re
 import unicodedata
 from typing import Any, Literal
 
-from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.errors import ConfigError, require, told_as
 from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options
 
@@ -197,10 +197,8 @@ def compiled(pattern: str, flags: int = 0, key: str = "pattern") -> re.Pattern[s
     Raises:
         ConfigError: If it is no regular expression.
     """
-    try:
+    with told_as(ConfigError, f"{key}={pattern!r} is no regular expression: ", re.error):
         return re.compile(pattern, flags)
-    except re.error as error:
-        raise ConfigError(f"{key}={pattern!r} is no regular expression: {error}") from error
 
 
 def last_match(pattern: re.Pattern[str], text: str) -> str | None:

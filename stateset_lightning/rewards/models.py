@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from stateset_lightning.errors import ConfigError, DataError, log, one_line
+from stateset_lightning.errors import ConfigError, DataError, log, told_as
 from stateset_lightning.rewards.base import BatchReward, Turns, completion, options, target_texts
 from stateset_lightning.workers import limited
 
@@ -137,10 +137,8 @@ class TextModelReward(BatchReward):
 
     def _by_template(self, turns: Turns) -> Encoded:
         messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-        try:
+        with told_as(DataError, f"{self.key}: its chat template refuses the conversation: "):  # it is foreign code
             encoded = self.tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True)
-        except Exception as error:  # a template is foreign code
-            raise DataError(f"{self.key}: its chat template refuses the conversation: {one_line(error)}") from error
         return self._checked(encoded)
 
     def read(self, texts: Sequence[Encoded | DataError], head: Callable[[Any, "Tensor"], "Tensor"]) -> list[Any]:

@@ -164,7 +164,6 @@ class GraphBatch:
         They are packed: what is computed is the tokens alone.
         """
         counts = [len(row) for row in tokens]
-        ends = list(accumulate(counts))
         packed = (
             [token for row in tokens for token in row],
             [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)],
@@ -173,9 +172,8 @@ class GraphBatch:
         device = self.model.device
         used_B = torch.tensor([a + b for a, b in zip(starts, counts, strict=True)], dtype=torch.int32, device=device)
         tokens_T, positions_T, rows_T = (torch.tensor(values, device=device) for values in packed)
-        attend = _attention(caches[0], used_B, counts)
-        hidden_TH = self._forward(tokens_T, positions_T, rows_T, caches, attend)
-        return self._logits(hidden_TH[[end - 1 for end in ends]])
+        hidden_TH = self._forward(tokens_T, positions_T, rows_T, caches, _attention(caches[0], used_B, counts))
+        return self._logits(hidden_TH[[end - 1 for end in accumulate(counts)]])
 
     def _forward(
         self, tokens_T: Tensor, positions_T: Tensor, rows_T: Tensor, caches: Sequence[Tensor], attend: Attend
@@ -246,8 +244,7 @@ def _attention(cache: Tensor, used_B: Tensor, counts: Sequence[int] | None) -> A
         asked = ends if counts is None else torch.tensor([0, *accumulate(counts)], **options)
         return partial(_flash, asked, ends * capacity, 1 if counts is None else max(counts), used_B)
     if counts is None:
-        seen_BC = torch.arange(capacity, device=cache.device) < used_B[:, None]
-        return partial(_attend_one, seen_BC)
+        return partial(_attend_one, torch.arange(capacity, device=cache.device) < used_B[:, None])
     return partial(_attend_several, counts, used_B.tolist())
 
 

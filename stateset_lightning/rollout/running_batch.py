@@ -51,8 +51,7 @@ def batch_kinds(
     shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
     if shares and longest_prompt >= SHARE_FROM:
         return (SharingBatch, RunningBatch)
-    has_graphs = decoding == "auto" and model.device.type in WITH_GRAPHS
-    return (GraphBatch, RunningBatch) if has_graphs else (RunningBatch,)
+    return (GraphBatch, RunningBatch) if decoding == "auto" and model.device.type in WITH_GRAPHS else (RunningBatch,)
 
 
 def tokens_between_looks(device: torch.device) -> int:
@@ -319,8 +318,7 @@ class SharingBatch(RunningBatch):
 
     def kept(self, row: int, length: int) -> Kept:
         prompt = int(self._places_B[row])
-        own = super().kept(row, length - int(self._first.lengths_P[prompt]))
-        return Kept(own.columns, self._first, prompt)
+        return Kept(super().kept(row, length - int(self._first.lengths_P[prompt])).columns, self._first, prompt)
 
     def _go_on_from(self, kept: Sequence[Kept]) -> None:
         whole, rows = kept[0].prompts, torch.tensor([row.prompt for row in kept], device=self.model.device)

@@ -253,8 +253,7 @@ class WeightSync:
             SamplingError: If their log-probs differ by more than float error.
         """
         temperature, dtypes = self.sampling.temperature, (self._policy.model.dtype, self._served_dtype(self._policy))
-        by_dtype = max(LOGPROB_TOLERANCE[dtype] for dtype in dtypes)
-        limit = self.tolerance or by_dtype / min(temperature, 1.0)
+        limit = self.tolerance or max(LOGPROB_TOLERANCE[dtype] for dtype in dtypes) / min(temperature, 1.0)
         for server, answer, (ours_T, undivided_T) in zip(self.servers, answers, scores, strict=True):
             tokens, logprobs = zip(*answer, strict=True)
             theirs_T = torch.cat(logprobs)

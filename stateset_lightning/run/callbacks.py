@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from stateset_lightning.environments.play import TurnTaken
+from stateset_lightning.environments.player import TurnTaken
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.run.folder import METRICS, SAMPLES, config_file, run_folder
 from stateset_lightning.threads import heartbeat
@@ -173,8 +173,7 @@ class ConsoleProgress(Callback):
             return
         self._seconds.append(now - self._ended)
         self._step, self._ended = step, now
-        is_due = step % self.every_n_steps == 0 or step == 1 or now - heartbeat.spoke >= 10
-        if is_due and trainer.is_global_zero:
+        if trainer.is_global_zero and (step % self.every_n_steps == 0 or step == 1 or now - heartbeat.spoke >= 10):
             heartbeat.say(self._line(trainer, step))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

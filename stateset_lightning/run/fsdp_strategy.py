@@ -83,8 +83,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         # Lightning numbers all parameters, or leaves the names where none has a state (SGD). An optimizer's own state,
         # as ddp has it, numbers those that it trains.
         assert self.model is not None
-        named = enumerate(self.model.named_parameters())
-        trained = [(number, name) for number, (name, p) in named if p.requires_grad]
+        trained = [(number, name) for number, (name, p) in enumerate(self.model.named_parameters()) if p.requires_grad]
         return _renamed(state, {key: place for place, keys in enumerate(trained) for key in keys})
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -27,12 +27,9 @@ class LastCheckpoint(Checkpoint):
     callbacks, in their order: it comes after every ModelCheckpoint.
     """
 
-    def __init__(self) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._saved_step: dict[ModelCheckpoint, int] = {}
         self._clock: dict[ModelCheckpoint, float | None] = {}  # when a ModelCheckpoint's `train_time_interval` began
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._saved_step = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for callback in model_checkpoints(trainer):
@@ -90,8 +87,7 @@ def announce(trainer: Trainer, what: str) -> None:
 
 def _keeping_newest(trainer: Trainer) -> list[ModelCheckpoint]:
     """The callbacks that promise a `last`, and those that compare nothing and so keep what is newest."""
-    callbacks = model_checkpoints(trainer)
-    return [c for c in callbacks if c.save_last or (c.monitor is None and c.save_top_k)]
+    return [c for c in model_checkpoints(trainer) if c.save_last or (c.monitor is None and c.save_top_k)]
 
 
 def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:

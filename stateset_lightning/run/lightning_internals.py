@@ -78,8 +78,7 @@ def search_with(trainer: Trainer, find: Callable[[Trainer, str], str | None]) ->
     search = type(connector)._select_ckpt_path
 
     def select(state_fn: Any, ckpt_path: Any, **given: bool) -> Any:
-        found = None if ckpt_path is None else find(trainer, str(ckpt_path))
-        return search(connector, state_fn, found, **given)
+        return search(connector, state_fn, None if ckpt_path is None else find(trainer, str(ckpt_path)), **given)
 
     connector._select_ckpt_path = select
 

@@ -72,9 +72,8 @@ def write_bad_step(
     for n in trained_N.nonzero().flatten().tolist():
         prompt, completion = episode.prompt_tokens[n // episode.num_generations], completions[n].tolist()
         decoded = {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completion)}
-        told = records[n] if records else decoded
         share = {"advantage": str(episode.advantages_N[n].item()), "weight": str(episode.weights_N[n].item())}
-        rows.append({**step, **told, **share})
+        rows.append({**step, **(records[n] if records else decoded), **share})
     file = of_rank(trainer, run_folder(trainer) / BAD_STEPS)
     append_rows(file, rows)
     return file

@@ -185,9 +185,8 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
 
     completions = first_tokens(episode.completion_tokens_T)
     rows: Rows = [{"tokens": token_texts(module.tokenizer, tokens.tolist())} for tokens in completions]
-    logprobs = {} if (sampled_T := episode.sampling_logprobs_T) is None else {"logprobs": first_tokens(sampled_T)}
-    if episode.ref_logprobs_T is not None:
-        logprobs["ref_logprobs"] = first_tokens(episode.ref_logprobs_T)
+    known = {"logprobs": episode.sampling_logprobs_T, "ref_logprobs": episode.ref_logprobs_T}
+    logprobs = {name: first_tokens(values_T) for name, values_T in known.items() if values_T is not None}
     # Not known if weights are sharded: all ranks would have to take part.
     if not any(isinstance(parameter, DTensor) for parameter in module.policy.parameters()):
         prompts = episode.prompt_tokens[: num_completions // episode.num_generations]

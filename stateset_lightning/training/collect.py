@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.environments.conversation import Conversation
-from stateset_lightning.environments.play import Limits
+from stateset_lightning.environments.play import Limits, Play
 from stateset_lightning.environments.player import Player
 from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.policy import Policy, end_of_sequence_ids
@@ -122,8 +122,7 @@ class Sampler:
         seconds = time.perf_counter() - start
         ahead_s = None if self.ahead is None else seconds_ahead
         counted = self.engine.pop_metrics() if isinstance(self.engine, RemoteEngine) else {}
-        costs = self.scorer.take_counts()
-        return Collection(sample, trained, rounds > 0, baseline, seconds, ahead_s, costs, counted)
+        return Collection(sample, trained, rounds > 0, baseline, seconds, ahead_s, self.scorer.take_counts(), counted)
 
     def start_next(self, policy: Policy, episode: int, upcoming: Callable[[], PromptBatch | None]) -> None:
         """Begins to sample the next episode, beside the training on this one, if the run samples ahead.
@@ -168,8 +167,7 @@ class Sampler:
         heartbeat.doing(f"sampling {_place(batch)}")
         metrics: Metrics = {}
         told, turns = dict[int, dict[str, Any]](), dict[int, list[tuple[int, float]]]()
-        scoring = self.scorer.start(len(seeds_N), policy.device, num_generations)
-        with scoring as session, ExitStack() as environments:
+        with self.scorer.start(len(seeds_N), policy.device, num_generations) as session, ExitStack() as environments:
 
             def score_conversation(n: int, conversation: Conversation, reward: float | None) -> None:
                 assert self.player is not None
@@ -191,8 +189,8 @@ class Sampler:
             if self.targets is not None and batch.split == "train":
                 rollout = self.targets.rollout(batch, score)
             elif self.player is not None:
-                given = self.engine, batch, num_generations, self.config, seeds_N, self._limits(policy)
-                batch, rollout, metrics = self.player.play(*given, score_conversation, greedy)
+                given = batch, num_generations, self.config, seeds_N, self._limits(policy), self.engine, greedy
+                batch, rollout, metrics = Play(self.player, *given).run(score_conversation)
             else:
                 asked = batch.prompt_tokens, num_generations, self.config, seeds_N
                 rollout = self.engine.generate(*asked, greedy=greedy, on_finished=score)

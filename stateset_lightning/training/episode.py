@@ -23,8 +23,8 @@ from stateset_lightning.errors import tell_once
 from stateset_lightning.policy import Comparison, Group, SamplingMask
 from stateset_lightning.policy.head import uploaded
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.training.turns import TurnScores, turn_advantages
-from stateset_lightning.types import FinishReason, Rollout, Scores
+from stateset_lightning.training.turns import TrainedScores, turn_advantages
+from stateset_lightning.types import FinishReason, Rollout
 
 
 @dataclass(frozen=True)
@@ -203,29 +203,17 @@ class Plan:
         return micro_step_N, None if self.max_tokens_per_step is None else over
 
 
-def make_episode(
-    index: int,
-    rollout: Rollout,
-    scores: Scores,
-    reward_weights: Sequence[float],
-    algorithm: Algorithm,
-    plan: Plan,
-    baseline_PF: Tensor | None = None,
-    turns: TurnScores | None = None,
-) -> Episode:
-    """Advantages over the prompts of all ranks, token weights over each optimizer step, and who trains when.
-
-    `baseline_PF` holds scores of a greedy completion per prompt of this rank, `turns` those of turns, where needed.
-    """
-    ranks = plan.ranks
+def make_episode(index: int, rollout: Rollout, scored: TrainedScores, algorithm: Algorithm, plan: Plan) -> Episode:
+    """Advantages over the prompts of all ranks, token weights over each optimizer step, and who trains when."""
+    ranks, scores, turns = plan.ranks, scored.scores, scored.turns
     shape_PG = (plan.num_prompts, plan.num_generations)
     lengths_PG = ranks.by_position(rollout.sampled_lengths_N.reshape(shape_PG))
     scores_PGF = ranks.by_position(scores.values_NF.reshape(*shape_PG, -1))
     truncated = torch.tensor([reason == FinishReason.LENGTH for reason in rollout.finish_reasons])
     truncated_PG = ranks.by_position(truncated.reshape(shape_PG))
-    baseline_PF = None if baseline_PF is None else ranks.by_position(baseline_PF)
+    baseline_PF = None if scored.baseline_PF is None else ranks.by_position(scored.baseline_PF)
 
-    weights_F = torch.tensor(reward_weights, dtype=torch.float64)
+    weights_F = torch.tensor(scored.weights, dtype=torch.float64)
     advantages_PG = algorithm.advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)
     advantages_PGK = advantages_PG[..., None]
     if turns is not None:

@@ -27,8 +27,7 @@ class HeldOut:
         greedy = sampler.sample(policy, batch, 1, greedy=True)
         samples = None
         if count := self.metrics.config.samples:
-            sampling = replace(sampler, config=self.metrics.config.sampling(sampler.config))
-            drawn = sampling.sample(policy, batch, count)
+            drawn = replace(sampler, config=self.metrics.config.sampling(sampler.config)).sample(policy, batch, count)
             samples = (drawn.rollout, drawn.scores)
             self._scores.append(drawn.scores)
         if sampler.scorer.scores_alone:

@@ -5,7 +5,7 @@ Letters: P prompts, G completions per prompt, N = P * G completions, T sampled t
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,8 @@ from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import metrics
 from stateset_lightning.training.episode import Episode, MicroBatch, Plan, groups_of
 from stateset_lightning.training.teacher import teacher_logprobs
-from stateset_lightning.types import Metrics, Rollout, Scores
+from stateset_lightning.training.turns import TrainedScores
+from stateset_lightning.types import Metrics, Rollout
 
 if TYPE_CHECKING:
     from stateset_lightning.training.collect import Collection
@@ -95,26 +96,6 @@ def seeded_dropout(device: torch.device, seed: int) -> Iterator[None]:
 
 
 # Log-probs that stay fixed --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainedScores:
-    """The scores that advantages are made of.
-
-    Args:
-        scores: Of the rewards that are trained on, and the KL as a last column "kl" where it is part of the reward.
-        weights: Of these columns.
-        baseline_PF: Scores of a greedy completion per prompt by the rewards alone, where the algorithm compares with
-            it.
-        logprobs_T: Of the policy that sampled, where they had to be computed.
-        ref_logprobs_T: Of the reference, likewise.
-    """
-
-    scores: Scores
-    weights: list[float]
-    baseline_PF: Tensor | None = None
-    logprobs_T: Tensor | None = None
-    ref_logprobs_T: Tensor | None = None
 
 
 def trained_scores(step: "TrainingStep", collection: "Collection") -> TrainedScores:

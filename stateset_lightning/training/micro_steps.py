@@ -42,14 +42,12 @@ def choose_micro_steps(trainer: Trainer, policy: Policy, data: "ScenarioDataModu
     Raises:
         ConfigError: If the user has set what is chosen here, or the weights are sharded.
     """
-    if not is_auto(data):
+    if data is None or not is_auto(data):
         return
-    assert data is not None
     given = set(accumulations(trainer).values())
-    if given == {data.steps_per_episode}:
-        if data.steps_per_episode > 1:
-            return  # a second fit of this Trainer
-    elif given != {1}:
+    if data.steps_per_episode > 1 and given == {data.steps_per_episode}:
+        return  # a second fit of this Trainer
+    if given != {1}:
         raise ConfigError("data.steps_per_episode=auto chooses trainer.accumulate_grad_batches, too: leave it out")
     if isinstance(policy, FSDPModule):
         raise ConfigError("data.steps_per_episode=auto knows no sharded weights: set it to a number with fsdp2")

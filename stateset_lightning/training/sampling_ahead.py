@@ -46,9 +46,7 @@ class SamplingAhead(Generic[T]):
         raised.
         """
         future, self._future = self._future, None
-        if future is None or episode != self._episode:
-            return None
-        return wait_for(future).result()
+        return None if future is None or episode != self._episode else wait_for(future).result()
 
     @interruptible()
     def wait(self) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,14 +133,12 @@ class TrainingStep:
         self.sampler.start_next(policy, batch.episode_index, self.upcoming)
 
         scored, rollout = trained_scores(self, collection), collection.sample.rollout
-        turns = None
         if self.sampler.player is not None and self.sampler.player.config.turn_rewards == "discounted":
             turns = turn_scores(scored.scores, collection.sample.turns, self.sampler.scorer.rewards, self.ranks)
+            scored = replace(scored, turns=turns)
         shape = len(batch), rollout.num_generations, batch.steps_per_episode
         plan = Plan(*shape, self.accumulate, self.ranks, self.max_tokens_per_step)
-        episode = make_episode(
-            batch.episode_index, rollout, scored.scores, scored.weights, algorithm, plan, scored.baseline_PF, turns
-        )
+        episode = make_episode(batch.episode_index, rollout, scored, algorithm, plan)
         several = batch.num_micro_steps > self.accumulate
         add_fixed_logprobs(self, episode, scored, plan, old=several and not algorithm.trains_on_targets)
 

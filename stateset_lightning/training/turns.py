@@ -42,6 +42,28 @@ class TurnScores:
         return torch.zeros(len(sampled_T)).masked_scatter(sampled_T, values.float())
 
 
+@dataclass(frozen=True)
+class TrainedScores:
+    """The scores that advantages are made of.
+
+    Args:
+        scores: Of the rewards that are trained on, and the KL as a last column "kl" where it is part of the reward.
+        weights: Of these columns.
+        baseline_PF: Scores of a greedy completion per prompt by the rewards alone, where the algorithm compares with
+            it.
+        logprobs_T: Of the policy that sampled, where they had to be computed.
+        ref_logprobs_T: Of the reference, likewise.
+        turns: Of the turns of conversations, where these have advantages of their own.
+    """
+
+    scores: Scores
+    weights: list[float]
+    baseline_PF: Tensor | None = None
+    logprobs_T: Tensor | None = None
+    ref_logprobs_T: Tensor | None = None
+    turns: TurnScores | None = None
+
+
 def turn_scores(
     scores: Scores, turns: Sequence[Sequence[tuple[int, float]]], rewards: Sequence[RewardFunction], ranks: Ranks
 ) -> TurnScores:

@@ -28,5 +28,4 @@ def http_address(key: str, url: str) -> tuple[SplitResult, str]:
 
 
 def is_this_machine(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return re.fullmatch(r"(.+\.)?localhost|127(\.\d+){3}|0\.0\.0\.0|::1?", host) is not None
+    return re.fullmatch(r"(.+\.)?localhost|127(\.\d+){3}|0\.0\.0\.0|::1?", urlsplit(url).hostname or "") is not None

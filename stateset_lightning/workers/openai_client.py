@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from annotated_types import Ge, Gt, Le, Len
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
-from stateset_lightning.errors import ConfigError, ServerError, check_bounds, one_line, require
+from stateset_lightning.errors import ConfigError, ServerError, check_bounds, one_line, require, told_as
 from stateset_lightning.redaction import is_secret_name, remember
 from stateset_lightning.workers.addresses import http_address
 
@@ -65,13 +65,12 @@ class ReplyCache:
     def __init__(self, path: str | None, max_replies: int) -> None:
         self._max_replies = max_replies
         file = ":memory:" if path is None else os.path.expanduser(path)
-        try:
+        opening = f"cache={path!r} cannot be opened: "
+        with told_as(ConfigError, opening, OSError, sqlite3.Error, after="; give a file of its own"):
             if path is not None:
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(file, _WAIT_SECONDS, check_same_thread=False, isolation_level=None)
             self._connection.executescript(f"PRAGMA synchronous = NORMAL; {_TABLE}")
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"cache={path!r} cannot be opened: {error}; give a file of its own") from error
 
     def get(self, key: str) -> str | None:
         """The reply under `key`, if there is one."""

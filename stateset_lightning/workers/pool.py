@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, told_as
 from stateset_lightning.threads import DaemonThreads
 from stateset_lightning.workers import process
 
@@ -67,10 +67,9 @@ class WorkerPool:
             why = f"{name} is defined in the training script, which starts training again where a worker imports it"
             raise ConfigError(f"{why}: put what starts it under `if __name__ == '__main__':`")
         why = f"{name} runs in a worker process, which can be killed at its time-out"
-        try:
+        # What a user's object holds may fail in any way.
+        with told_as(ConfigError, f"{why}, but it cannot be pickled (", after=f"): {self._remedy}"):
             self._functions[name] = pickle.dumps(function)
-        except Exception as error:  # what a user's object holds may fail in any way
-            raise ConfigError(f"{why}, but it cannot be pickled ({error}): {self._remedy}") from error
         if b"__main__" in self._functions[name] and not _main_script():
             raise ConfigError(f"{why}, but it is defined in a notebook or in typed-in code: {self._remedy}")
 

@@ -6,8 +6,7 @@ from statistics import mean, stdev
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from stateset_lightning.algorithm import GRPO, RLOO, PassK

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts, _draw_other
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates

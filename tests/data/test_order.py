@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates, largest_remainder
 from stateset_lightning.errors import ConfigError

@@ -8,8 +8,7 @@ from unittest.mock import patch
 
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from pyarrow import feather, parquet
 
 from stateset_lightning import ScenarioDataModule

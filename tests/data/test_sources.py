@@ -5,8 +5,7 @@ from pathlib import Path
 
 import jsonargparse
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from stateset_lightning.data.scenario_set import hold_out
 from stateset_lightning.data.shapes import RowOptions

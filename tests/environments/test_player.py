@@ -18,7 +18,7 @@ from module_runs import fit, make_data, make_module, weights
 from stateset_lightning import RolloutConfig
 from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments import EnvironmentConfig, Tools
-from stateset_lightning.environments.play import Limits
+from stateset_lightning.environments.play import Limits, Play
 from stateset_lightning.environments.player import Player
 from stateset_lightning.environments.tools import CALL_COUNTS
 from stateset_lightning.errors import ConfigError
@@ -104,7 +104,7 @@ def play(policy: Policy, tiny_tokenizer: Any) -> Callable[..., Any]:
         seeds = sample_seeds(1, "train", 0, [0, 1], 3)
         limits = Limits(end_of_sequence_ids(policy.model, tiny_tokenizer), 128)
         on_ended = lambda n, conversation, reward: ended.update({n: (conversation, reward)})  # noqa: E731
-        batch, rollout, metrics = player.play(engine, batch, 3, sampling, seeds, limits, on_ended)
+        batch, rollout, metrics = Play(player, batch, 3, sampling, seeds, limits, engine).run(on_ended)
         return batch, rollout, [ended[n] for n in range(6)], metrics
 
     return play

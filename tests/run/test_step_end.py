@@ -14,8 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
-from module_runs import DigitReward, assert_same_end, end_state, fit, make_data, make_module
-from module_runs import accumulating_run as run
+from module_runs import DigitReward, accumulating_run as run, assert_same_end, end_state, fit, make_data, make_module
 
 from stateset_lightning import threads
 from stateset_lightning.errors import ConfigError

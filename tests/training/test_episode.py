@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from stateset_lightning.algorithm import GRPO, GSPO, LUSPO, Clipped, DrGRPO
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.training.episode import Episode, GroupShare, Plan, balance, load, make_episode, tokens_over
+from stateset_lightning.training.turns import TrainedScores
 from stateset_lightning.types import FinishReason, Rollout, Scores
 
 NAN = math.nan
@@ -71,9 +71,9 @@ def make_rollout(lengths: list[int], num_prompts: int, truncated: tuple[int, ...
     )
 
 
-def make_scores(values: list[float]) -> Scores:
+def make_scores(values: list[float]) -> TrainedScores:
     values_N = torch.tensor(values, dtype=torch.float64)
-    return Scores(("right",), values_N[:, None], values_N)
+    return TrainedScores(Scores(("right",), values_N[:, None], values_N), [1.0])
 
 
 # The plan
@@ -184,7 +184,7 @@ LENGTHS, REWARDS = [1, 2, 3, 4, 2, 2], [1.0, 0.0, 1.0, 1.0, NAN, 1.0]
 def small_episode(algorithm: Any = None, truncated: tuple[int, ...] = (), plan: Plan | None = None) -> Episode:
     algorithm = algorithm or GRPO(beta=0)
     return make_episode(
-        5, make_rollout(LENGTHS, 3, truncated), make_scores(REWARDS), [1.0], algorithm, plan or Plan(3, 2, 1, 1)
+        5, make_rollout(LENGTHS, 3, truncated), make_scores(REWARDS), algorithm, plan or Plan(3, 2, 1, 1)
     )
 
 
@@ -239,13 +239,13 @@ def test_right_completions_have_a_mean_of_their_own_in_each_optimizer_step() -> 
 
 def test_reward_weights_reach_the_advantages() -> None:
     values_NF = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    scores = Scores(("a", "b"), values_NF, values_NF.sum(-1))
-    episode = make_episode(0, make_rollout([1, 1], 1), scores, [3.0, 1.0], DrGRPO(constant_length=4), Plan(1, 2, 1, 1))
+    scored = TrainedScores(Scores(("a", "b"), values_NF, values_NF.sum(-1)), [3.0, 1.0])
+    episode = make_episode(0, make_rollout([1, 1], 1), scored, DrGRPO(constant_length=4), Plan(1, 2, 1, 1))
     assert episode.advantages_N.tolist() == [1.0, -1.0]
 
 
 def test_an_empty_completion_is_not_active() -> None:
-    episode = make_episode(0, make_rollout([0, 2], 1), make_scores([1.0, 0.0]), [1.0], GRPO(beta=0), Plan(1, 2, 1, 1))
+    episode = make_episode(0, make_rollout([0, 2], 1), make_scores([1.0, 0.0]), GRPO(beta=0), Plan(1, 2, 1, 1))
     assert episode.active_N.tolist() == [False, True]
     assert episode.weights_N.tolist() == [0.0, 0.5]
 
@@ -263,7 +263,7 @@ def test_advantages_and_weights_are_the_same_for_any_number_of_ranks() -> None:
             rollout = make_rollout(lengths_PG[mine].flatten().tolist(), 8 // world)
             plan = Plan(8 // world, 3, steps, 1, ranks)
             return make_episode(
-                0, rollout, make_scores(rewards_PG[mine].flatten().tolist()), [1.0], GRPO(beta=0, scale="batch"), plan
+                0, rollout, make_scores(rewards_PG[mine].flatten().tolist()), GRPO(beta=0, scale="batch"), plan
             )
 
         episodes = on_ranks(world, make)
@@ -286,7 +286,7 @@ def test_advantages_and_weights_are_the_same_for_any_number_of_ranks() -> None:
 
 def test_a_part_holds_the_active_completions_of_its_micro_step() -> None:
     episode = make_episode(
-        0, make_rollout([1, 2, 3, 2, 1, 2], 2), make_scores([1, 0, NAN, 1, 0, 1]), [1.0], GRPO(beta=0), Plan(2, 3, 2, 1)
+        0, make_rollout([1, 2, 3, 2, 1, 2], 2), make_scores([1, 0, NAN, 1, 0, 1]), GRPO(beta=0), Plan(2, 3, 2, 1)
     )
     first, second = episode.micro_batch(0), episode.micro_batch(1)
     assert [(group.prompt, group.completions) for group in first.groups] == [([0], [[0], [100, 101]])]
@@ -304,7 +304,7 @@ def test_a_part_holds_the_active_completions_of_its_micro_step() -> None:
 
 def test_parts_make_up_the_active_part() -> None:
     episode = make_episode(
-        0, make_rollout([2] * 12, 3), make_scores([float(n) for n in range(12)]), [1.0], GRPO(beta=0), Plan(3, 4, 4, 4)
+        0, make_rollout([2] * 12, 3), make_scores([float(n) for n in range(12)]), GRPO(beta=0), Plan(3, 4, 4, 4)
     )
     parts = [episode.micro_batch(step) for step in range(4)]
     tokens = sorted(c[0] for part in parts for group in part.groups for c in group.completions)
@@ -319,9 +319,7 @@ def test_a_micro_step_without_active_completions_is_empty() -> None:
 
 
 def test_scatter_puts_values_back_at_the_active_tokens() -> None:
-    episode = make_episode(
-        0, make_rollout([1, 2, 3], 1), make_scores([1, NAN, 0]), [1.0], GRPO(beta=0), Plan(1, 3, 1, 1)
-    )
+    episode = make_episode(0, make_rollout([1, 2, 3], 1), make_scores([1, NAN, 0]), GRPO(beta=0), Plan(1, 3, 1, 1))
     episode.old_logprobs_T = episode.scatter(torch.tensor([-1.0, -2.0, -3.0, -4.0]))
     assert episode.old_logprobs_T.tolist() == [-1.0, 0, 0, -2.0, -3.0, -4.0]
     episode.ref_logprobs_T = episode.scatter(torch.tensor([-5.0, -6.0, -7.0, -8.0]))
@@ -414,7 +412,7 @@ def test_tokens_that_were_not_sampled_are_read_but_not_trained() -> None:
     """An environment's tokens stand in the middle of the first completion."""
     rollout = make_rollout([3, 2], 1)
     rollout = replace(rollout, sampled_T=torch.tensor([True, False, True, True, True]))
-    episode = make_episode(0, rollout, make_scores([1.0, 0.0]), [1.0], GRPO(beta=0), Plan(1, 2, 1, 1))
+    episode = make_episode(0, rollout, make_scores([1.0, 0.0]), GRPO(beta=0), Plan(1, 2, 1, 1))
     assert episode.weights_N.tolist() == pytest.approx([1 / 4, 1 / 4])  # two sampled tokens each, of two completions
     batch = episode.micro_batch(0)
     assert batch.lengths_N.tolist() == [2, 2]
@@ -449,7 +447,7 @@ def test_an_environments_tokens_count_nowhere(data: st.DataObject, algorithm: Cl
     )
     algorithm.setup(8)
     scores = make_scores(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4)))
-    mine, other = (make_episode(0, each, scores, [1.0], algorithm, Plan(2, 2, steps, 1)) for each in (rollout, alone))
+    mine, other = (make_episode(0, each, scores, algorithm, Plan(2, 2, steps, 1)) for each in (rollout, alone))
     assert mine.active_by_step == other.active_by_step
     for name in ("advantages_N", "weights_N", "active_N"):
         assert torch.equal(getattr(mine, name), getattr(other, name)), name

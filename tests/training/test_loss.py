@@ -62,7 +62,7 @@ def episode_of(ranks: Ranks, steps: int) -> tuple[Episode, Plan]:
     lengths = [LENGTHS[n] for p in range(ranks.rank, 4, ranks.world) for n in (2 * p, 2 * p + 1)]
     rewards = [REWARDS[n] for p in range(ranks.rank, 4, ranks.world) for n in (2 * p, 2 * p + 1)]
     plan = Plan(4 // ranks.world, 2, steps, 1, ranks)
-    return make_episode(3, make_rollout(lengths, 4 // ranks.world), make_scores(rewards), [1.0], Clipped(), plan), plan
+    return make_episode(3, make_rollout(lengths, 4 // ranks.world), make_scores(rewards), Clipped(), plan), plan
 
 
 def select(ranks: Ranks, steps: int) -> tuple[list[Any], list[tuple[TokenBatch, int]]]:

@@ -25,7 +25,7 @@ from stateset_lightning.rewards import EnvironmentReward, LengthPenalty
 from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import selected_tokens
 from stateset_lightning.training.reward_checks import check_environment
-from stateset_lightning.training.turns import score_by_turns, turn_scores
+from stateset_lightning.training.turns import TrainedScores, score_by_turns, turn_scores
 from stateset_lightning.types import NOT_APPLICABLE, Scenario, Scores
 
 NAN = math.nan
@@ -84,7 +84,7 @@ def episode_of(
     rollout.sampled_T.copy_(torch.tensor(sampled))
     plan = Plan(len(turns) // size, size, 1, 1, ranks)
     of_turns = turn_scores(scores, turns, REWARDS, ranks)
-    return make_episode(0, rollout, scores, WEIGHTS_F, how, plan, turns=of_turns)
+    return make_episode(0, rollout, TrainedScores(scores, WEIGHTS_F, turns=of_turns), how, plan)
 
 
 def by_turn(episode: Any, turns: Turns) -> list[list[float]]:

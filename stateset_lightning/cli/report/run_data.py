@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from stateset_lightning.cli.messages import class_name
-from stateset_lightning.errors import ConfigError, one_line
+from stateset_lightning.errors import ConfigError, told_as
 from stateset_lightning.files import read_lines, read_table
 from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
 
@@ -182,10 +182,8 @@ def _text(path: Path) -> str:
 
 
 def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
-    try:
+    with told_as(ConfigError, f"{path}: cannot be read as {path.suffix[1:].upper()}: ", ValueError, yaml.YAMLError):
         return parse(_text(path))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as {path.suffix[1:].upper()}: {one_line(error, 200)}") from error
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
