@@ -211,7 +211,8 @@ class PromptEncoder:
             text = str(self.tokenizer.apply_chat_template(messages, **options))
             if len(text) > most:
                 raise ValueError(f"it makes a text of {len(text):,} characters, more than {most:,}")
-            if text and (last := messages[-1]["content"].split()) and last[0] not in text:
+            # A word, as templates may write a turn as JSON.
+            if text and (last := re.search(r"\w+", messages[-1]["content"])) and last[0] not in text:
                 raise ValueError("it leaves out the last turn; it may be written for lists of parts, and not for texts")
             return text
         except Exception as error:  # a template is foreign code

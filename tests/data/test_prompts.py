@@ -43,6 +43,9 @@ def test_a_template_that_leaves_the_question_out_is_refused(make_tokenizer):
     )
     with pytest.raises(DataError, match=r"refuses scenario 's0' .*: it leaves out the last turn; .*lists of parts"):
         PromptEncoder(tokenizer=make_tokenizer(template=parts)).encode(prompts("a b"), "data.train")
+    written = make_tokenizer(template="{{ messages[-1].content | tojson }}")  # as Llama 3.1 does of tools' turns
+    (tokens,) = PromptEncoder(tokenizer=written).encode(prompts('{"a": "é"}'), "data.train").tokens
+    assert "a" in written.decode(tokens)
 
 
 def test_template_variables_are_passed_on(tokenizer):
