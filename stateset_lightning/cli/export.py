@@ -62,8 +62,7 @@ def main(words: Sequence[str]) -> None:
         if is_composite(trained.model.config) and not trained.is_adapted:
             copy_processor(resolve_model_name(trained.policy.model_name), folder, revision=trained.policy.revision)
         (folder / "README.md").write_text(model_card(trained, Path(given.out).name), encoding="utf-8")
-    pushed = "" if repository is None else f", {upload(given.out, repository)}"
-    print(f"exported: {given.out}{pushed}")
+    print(f"exported: {given.out}" + ("" if repository is None else f", {upload(given.out, repository)}"))
 
 
 def model_card(trained: "TrainedModel", title: str) -> str:

@@ -94,8 +94,7 @@ def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     exact = [Fraction(str(weight)) for weight in weights]  # as written: 0.1 and 0.2 are one to two
     shares = [weight * total / sum(exact) for weight in exact]
     counts = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
-    for i in by_remainder[: total - sum(counts)]:
+    for i in sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))[: total - sum(counts)]:
         counts[i] += 1
     return counts
 

@@ -211,8 +211,9 @@ class PromptEncoder:
             text = str(self.tokenizer.apply_chat_template(messages, **options))
             if len(text) > most:
                 raise ValueError(f"it makes a text of {len(text):,} characters, more than {most:,}")
-            # A word, as templates may write a turn as JSON.
-            if text and (last := re.search(r"\w+", messages[-1]["content"])) and last[0] not in text:
+            # Templates may write tools' turns as JSON, and take words with which they are told something (`/no_think`).
+            words = re.findall(r"\w+", messages[-1]["content"]) if messages[-1]["role"] == "user" else []
+            if text and words and max(words, key=len) not in text:
                 raise ValueError("it leaves out the last turn; it may be written for lists of parts, and not for texts")
             return text
         except Exception as error:  # a template is foreign code
@@ -283,7 +284,8 @@ class PromptEncoder:
         if is_marked:
             return self._tokenize_as_text(text, _OF_TURNS, "model.environment")
         # As what comes behind an end of turn: some tokenizers put a space before a text.
-        before = ended if found and text is rest else str(self.tokenizer.eos_token or "")
+        is_token = found and text is rest and ended in special_tokens(self.tokenizer)  # no token reaches beyond it
+        before = ended if is_token else str(self.tokenizer.eos_token or "")
         whole_ids: list[int] = self.tokenizer(before + text, **options)["input_ids"]
         return whole_ids[len(self.tokenizer(before, **options)["input_ids"]) :]
 

@@ -122,8 +122,8 @@ def _read_csv(usual: str, path: Path, content: Content, split: str) -> Rows:
     header: list[str] = []
     line = skipped = int(told is not None)
     # Where a space follows the delimiters, it belongs to no cell, and a quote behind it is one.
-    is_spaced = f"{delimiter} " in sample.splitlines()[skipped] or f'{delimiter} "' in sample
-    form: dict[str, Any] = {"delimiter": delimiter, "skipinitialspace": is_spaced, "strict": True}
+    is_spaced = f"{delimiter} " in sample.splitlines()[skipped] or re.search(rf'{re.escape(delimiter)} "(?!")', sample)
+    form: dict[str, Any] = {"delimiter": delimiter, "skipinitialspace": bool(is_spaced), "strict": True}
     reader = csv.reader(islice(decoded(), skipped, None), **form)
     try:
         for cells in reader:  # a quoted cell may span lines

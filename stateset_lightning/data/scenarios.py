@@ -35,6 +35,7 @@ _NAMES |= {"tool": "tool function observation"}
 _ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 _AS_PROMPTS = "each of the user_responses is a prompt of its own (model.environment.max_turns above 1: a conversation)"
 _AS_SCRIPT = "the user_responses are said one after another, in a conversation"
+_PRINTED_LIST = re.compile(r"""[\[{].*\barray\(|\[\s*('[^']*'|"[^"]*")\s+['"]""", re.DOTALL)
 _PRINTED = "was printed by pandas with its arrays; write the rows as .jsonl or .parquet"
 _CONTEXT = "'context', which goes into the system turn unless data.fields.context=null,"
 
@@ -74,7 +75,8 @@ def _row_scenarios(row: RawRow | Problem, part: Part) -> list[Scenario]:
     shape = part.shape
     for column in row.columns.items():
         _check_values(*column)  # before a template writes one out
-    row = replace(row, columns={n: v if isinstance(v, str) else _plain(v) for n, v in row.columns.items()})
+    if not shape.options.row:  # which gets what it is given
+        row = replace(row, columns={n: v if isinstance(v, str) else _plain(v) for n, v in row.columns.items()})
     if (columns := shape.columns(row)) is None:
         return []
     for name, value in columns.items():
@@ -148,9 +150,9 @@ def _lift_messages(columns: dict[str, Any], shape: Shape) -> None:
 def _checked_target(value: object, shape: Shape) -> Any:
     source = shape.sources.get("target") or "target"
     value = read_literal(value) if source == "answers" else value  # SQuAD's, in a table of texts
-    if isinstance(value, str) and re.match(r"""[\[{].*(\barray\(|['"]\s+['"])""", value, re.DOTALL):
+    if isinstance(value, str) and _PRINTED_LIST.match(value):
         raise BadRow(f"the target {_PRINTED}")
-    if isinstance(value, str) and (re.fullmatch(r"-?\d+\.0", value) or isinstance(read_literal(value), list)):
+    if isinstance(value, str) and re.fullmatch(r"""-?\d+\.0|\[['"].*\]""", value, re.DOTALL):
         shape.counts["targets written as 4.0 or as ['4'] are compared as such text; pandas' .to_csv writes so"] += 1
     try:
         return as_target(value)

@@ -227,7 +227,7 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str, needs_
     name, sources = _recognised(example, options, origin) if rows else ("prompt", {})
     chosen = dict(options.chosen)
     # The letter of a choice, and not its index, also where the user names the column that is taken by itself.
-    if (target := chosen.get("target")) in example and f"{target} | letter(" in (sources.get("target") or ""):
+    if (target := chosen.get("target")) in example and f"{{{{ {target} | letter(" in (sources.get("target") or ""):
         del chosen["target"]
     return Shape(name, {**sources, **chosen}, list(example), options, required)
 

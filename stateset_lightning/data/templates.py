@@ -20,10 +20,10 @@ from stateset_lightning.types import is_nested, read_literal
 # What belongs to a question; where such a column is neither used nor contained in the prompt, it is not clear what is.
 _PART = re.compile(
     r"(prompt|instruction|question|question_stem|problem|query|input|body|premise|hypothesis|passages?|paragraphs?|story"
-    r"|documents?|contexts?|article|evidence|support|background|table|schema|tools?|functions?|history|system"
+    r"|documents?|contexts?|article|evidence|support|background|table|schema|tools?|history|system"
     r"|system_prompt)(_?\d+)?"
     r"|(choices?|options?|opt?|endings?|sol|distractors?|incorrect_answers?|wrong_answers?|answer_choices|alternatives"
-    r"|candidates|ans(wer)?(?=_?[a-h\d]$))(_?(?P<letter>[a-h]|\d+))?"
+    r"|ans(?=_?[a-h\d]$)|answer(?=_?[a-h]$))(_?(?P<letter>[a-h]|\d+))?"
     r"|(?P<alone>[a-e])"
 )
 
@@ -97,7 +97,9 @@ def _letter(answer: Any, choices: Any) -> str:
     if _is_index(answer) and answer not in texts and 0 <= answer < len(labels):
         return labels[int(answer)]
     why = "both an index and one of them" if answer in texts else f"no index of the {len(labels)} (0 is the first)"
-    raise ValueError(f"the answer {answer!r:.40} to choices is {why}; data.fields.target says what it is")
+    raise ValueError(
+        f"the answer {answer!r:.40} to choices is {why}; data.fields.target='{{{{ its column }}}}' takes it as it is"
+    )
 
 
 def _passages(value: Any) -> str:

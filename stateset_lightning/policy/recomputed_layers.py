@@ -101,8 +101,7 @@ def _is_same(module: Any, forward: Callable[[Any, Tensor], Tensor], dtype: torch
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
     if not weight.is_floating_point():
         return False  # quantized: neither its shape nor its dtype is that of the layer
-    values = torch.linspace(-2, 3, 3 * weight.shape[-1], device=weight.device, dtype=torch.float32)
-    x = values.view(1, 3, -1).to(dtype)
+    x = torch.linspace(-2, 3, 3 * weight.shape[-1], device=weight.device, dtype=torch.float32).view(1, 3, -1).to(dtype)
     try:
         expected, output = module(x), forward(module, x)
     except Exception:  # it is another kind of layer than its parts say

@@ -23,8 +23,7 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Weights of the last dimension; sinks, broadcast to it, take their share and leave."""
     if sinks is None:
         return scores.softmax(-1)
-    with_sinks = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
-    return with_sinks.softmax(-1)[..., :-1]
+    return torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1).softmax(-1)[..., :-1]
 
 
 def _hide(scores: Tensor, hidden_BnC: Tensor) -> Tensor:

@@ -250,9 +250,8 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     kinds = {p.kind.name for p in found}
     if {"VAR_POSITIONAL"} <= kinds <= {"VAR_POSITIONAL", "VAR_KEYWORD"}:
         held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-        decorated = list(filter(inspect.isfunction, held))
-        if len(decorated) == 1 and len(kinds) == 2:  # without `functools.wraps`
-            return _parameters(decorated[0])
+        if len(kinds) == 2 and len(held) == 1 and inspect.isfunction(held[0]) and not inspect.ismethod(function):
+            return _parameters(held[0])  # decorated without `functools.wraps`
         found = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("turns", "context")]
     return [parameter for parameter in found if parameter.name not in getattr(function, "keywords", ())]
 

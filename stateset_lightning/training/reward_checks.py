@@ -34,7 +34,7 @@ def check_environment(environment: Any, rewards: Sequence[RewardFunction], algor
     """
     if environment is not None and (found := alarm_in([*environment.factories().values()])):
         fails = "whose time-outs are signals and raise on the thread of an environment: code that catches that goes on"
-        rank_zero_warn(f"model.environment uses {found}, {fails} without it. math_verify: {WITHOUT_ALARMS}")
+        rank_zero_warn(f"model.environment may use {found}, {fails} without it. math_verify: {WITHOUT_ALARMS}")
     asking = [reward.name for reward in rewards if "environments" in getattr(reward, "required", ())]
     if environment is None and asking:
         raise ConfigError(f"reward '{asking[0]}' takes environments, and there are none: set model.environment")

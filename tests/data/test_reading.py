@@ -289,3 +289,5 @@ def test_what_yaml_1_2_reads_as_no_text_is_none(write, word, value):
 def test_a_quote_behind_a_space_is_one_also_where_the_header_has_none(write):
     path = write("a.csv", 'prompt,target\n"What, now?", "4"\nb, 5\n')
     assert [row.columns["target"] for row in read_file(path)] == ["4", "5"]
+    path = write("b.csv", 'prompt,target\nThe capital is, Paris\n"He said, ""hi"" and", left\n')
+    assert [row.columns["target"] for row in read_file(path)] == [" Paris", " left"]

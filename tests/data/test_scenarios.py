@@ -213,7 +213,10 @@ def test_what_is_no_target_is_not_taken_for_one(row, said):
         read_split([row], "train")
 
 
-@pytest.mark.parametrize(("target", "is_told"), [("4.0", True), ("['4', '5']", True), ("4.5", False), ("[4", False)])
+@pytest.mark.parametrize(
+    ("target", "is_told"),
+    [("4.0", True), ("['4', '5']", True), ("4.5", False), ("[0, 1]", False), ('[{"sep": " "}]', False)],
+)
 def test_a_target_as_pandas_writes_it_is_told(target, is_told):
     found = read_split([{"prompt": "a", "target": target}], "train")
     assert found.scenarios[0].target == target

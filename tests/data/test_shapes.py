@@ -496,6 +496,11 @@ def test_an_index_is_that_of_a_choice(choices, answer, said):
     [
         ({"question": "Q?", "choices": ["r", "s"], "answer": 1}, {"fields": {"target": "answer"}}, "B"),
         ({"question": "Q?", "choices": ["r", "s"], "label": "1"}, {}, "B"),
+        (
+            {"question": "Q?", "choices": ["r", "s"], "correct_answer": 1, "answer": "s"},
+            {"fields": {"target": "answer"}},
+            "s",
+        ),
         ({"question": "Q?", "choices": "['r', 's']", "label": "1"}, {"fields": {"target": "label"}}, "B"),
         ({"question": "Q?", "choices": ["r", "s"], "label": "-1"}, {}, None),
         ({"question": "Q?", "choices": np.array(["r", "s"]), "answer": np.int64(1)}, {}, "B"),

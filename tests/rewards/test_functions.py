@@ -443,7 +443,12 @@ def test_a_decorator_without_wraps_leaves_a_function_what_it_takes():
     def lists(completions, target, **columns):
         return [float(c == t) for c, t in zip(completions, target, strict=True)]
 
-    for function in (compute_score, lists):
+    class Holder:
+        @timed
+        def method(self, turns, context):
+            return float(turns[-1].content == context["target"])
+
+    for function in (compute_score, lists, Holder().method):
         scores = [
             FunctionReward(function).compute_reward([Turn("user", ROW["prompt"]), Turn("assistant", text)], ROW)
             for text in ("4", "5")

@@ -221,8 +221,8 @@ class EpisodeMeasurement:
 
     def train(self, rollout: Rollout) -> str:
         """Trains a micro-step of these completions; says how large it is."""
-        completions = [tokens or [3] for tokens in rollout.completions()]  # an engine may return none
-        return self._train(SAMPLED, rollout.prompt_tokens, completions)
+        # An engine may return no tokens.
+        return self._train(SAMPLED, rollout.prompt_tokens, [tokens or [3] for tokens in rollout.completions()])
 
     def run_worst_case(self, samples: bool) -> str:
         """The worst case, with sampling or without; says what was done. Nothing can be sampled afterwards.
