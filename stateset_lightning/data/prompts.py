@@ -27,7 +27,6 @@ from stateset_lightning.workers import limited, rendered
 # What happens to prompts longer than `data.max_prompt_tokens`.
 OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
-
 _BATCH = 256  # texts that are rendered, and tokenized, at a time
 _MOST_CHARACTERS, _MOST_TIMES = 2**16, 10  # that a template writes of its own, and of what it is given
 _IDS_SHOWN = 5

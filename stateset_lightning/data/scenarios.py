@@ -80,9 +80,9 @@ def _row_scenarios(row: RawRow | Problem, part: Part) -> list[Scenario]:
     if (columns := shape.columns(row)) is None:
         return []
     for name, value in columns.items():
-        if value is not row.columns.get(name):
+        if shape.options.row or value is not row.columns.get(name):  # else it has been looked at
             _check_values(name, value)
-        columns[name] = value if isinstance(value, str) else _plain(value)
+            columns[name] = value if isinstance(value, str) else _plain(value)
     columns["id"] = _checked_id(columns.get("id"), f"{part.label}:{row.number}")
     columns["context"] = _checked_text(_CONTEXT, columns["context"]) if columns.get("context") else None
     topic = columns.get("topic")
