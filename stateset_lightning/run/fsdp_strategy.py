@@ -53,11 +53,15 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         # Private in lightning 2.6.6: with "auto", its base would count the devices of one machine alone.
         self._data_parallel_size = self.num_nodes * self.num_processes
-        # Private in torch 2.13: the class of its groups. A backend of another name would not do, as Lightning asks for
-        # "gloo".
+        super().setup_environment()
+
+    def _setup_distributed(self) -> None:
+        # Private in lightning 2.6.6: makes the group of all ranks, over which weights are sharded; also called by
+        # itself, before ranks look for a checkpoint. Private in torch 2.13: the class of a group. A backend of another
+        # name would not do, as Lightning asks for "gloo".
         distributed_c10d.ProcessGroupGloo = _OneThread  # type: ignore[misc]
         try:
-            super().setup_environment()
+            super()._setup_distributed()
         finally:
             distributed_c10d.ProcessGroupGloo = ProcessGroupGloo  # type: ignore[misc]
 

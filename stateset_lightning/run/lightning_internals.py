@@ -88,8 +88,7 @@ def with_all_ranks(trainer: Trainer, function: Callable[[], T]) -> T:
     strategy: Any = trainer.strategy
 
     def connected() -> T:
-        connect = getattr(strategy, "setup_distributed", None) or strategy._setup_distributed  # DDP, or sharded
-        connect()
+        (getattr(strategy, "setup_distributed", None) or strategy._setup_distributed)()  # DDP, or sharded
         strategy.accelerator.setup_device(strategy.root_device)
         return function()
 
@@ -116,9 +115,8 @@ def is_watched_by_wandb(module: LightningModule) -> bool:
 def replace_checkpoint_io(trainer: Trainer, kind: type[CheckpointIO], replacement: CheckpointIO) -> None:
     """Puts a plugin in the place of one of exactly this kind, also inside those that wrap it (AsyncCheckpointIO)."""
     holder: Any = trainer.strategy
-    plugin: Any = trainer.strategy.checkpoint_io
-    while isinstance(plugin, _WrappingCheckpointIO):
-        holder, plugin = plugin, plugin.checkpoint_io
+    while isinstance(plugin := holder.checkpoint_io, _WrappingCheckpointIO):
+        holder = plugin
     if type(plugin) is kind:
         holder._checkpoint_io = replacement
 

@@ -256,6 +256,8 @@ def test_ranks_are_connected_before_a_run_and_once(monkeypatch, strategy):
     try:
         for _ in range(2):
             assert with_all_ranks(trainer, torch.distributed.get_world_size) == 1
+        gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert gloo.options._threads == (2 if strategy == "ddp" else 1)  # two crash the process under fsdp2
     finally:
         torch.distributed.destroy_process_group()
 

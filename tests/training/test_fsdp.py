@@ -168,14 +168,14 @@ def test_one_thread_runs_the_collectives_of_a_group(mesh: DeviceMesh, monkeypatc
     """Two crash the process within seconds when 200 `allgather_coalesced` are in flight, on torch's own group."""
     threads: list[int] = []
 
-    def setup_environment(strategy: ModelParallelStrategy) -> None:
+    def setup_distributed(strategy: ModelParallelStrategy) -> None:
         group = torch.distributed.new_group(backend="gloo")
         threads.append(group._get_backend(torch.device("cpu")).options._threads)  # type: ignore[attr-defined, union-attr]
         torch.distributed.destroy_process_group(group)
 
-    monkeypatch.setattr(ModelParallelStrategy, "setup_environment", setup_environment)
-    FSDP2Strategy().setup_environment()
-    setup_environment(FSDP2Strategy())  # outside, all is torch's own
+    monkeypatch.setattr(ModelParallelStrategy, "_setup_distributed", setup_distributed)
+    FSDP2Strategy()._setup_distributed()
+    setup_distributed(FSDP2Strategy())  # outside, all is torch's own
     assert threads == [1, 2]
 
 
