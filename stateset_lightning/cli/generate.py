@@ -55,7 +55,6 @@ def main(words: Sequence[str]) -> None:
     rollout = replace(trained.rollout, **given, keep_sampling_mask=False)
     greedy = options.samples is None and options.temperature is None and options.top_p is None
     num_samples = options.samples or 1
-    seed = trained.seed if options.seed is None else options.seed
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Nothing is scored, so packed scoring, which would be faster, need not be probed.
     try:
@@ -67,15 +66,14 @@ def main(words: Sequence[str]) -> None:
     if environment is not None:
         plain = Player.of(environment, rollout, None, trained.tokenizer, lambda turn, taken: None)
         player = replace(plain, encoder=encoder)
-    sampler = Sampler(engine, scorer, rollout, seed, player=player)
+    sampler = Sampler(engine, scorer, rollout, trained.seed if options.seed is None else options.seed, player=player)
     trained_with = trained.checkpoint.get("stateset", {}).get("longest", 0)
     trained_with = trained_with if environment is None else policy.context_length or 0
 
     def answer(prompt: str, number: int) -> None:
         row = read_literal(prompt) if environment is not None else None
         rows = [row if isinstance(row, dict) else {"id": str(number), "prompt": prompt}]
-        are_scripts = environment is not None and environment.are_scripts
-        scenarios = read_split(rows, "generate", are_scripts=are_scripts).scenarios
+        scenarios = read_split(rows, "generate", are_scripts=bool(environment and environment.are_scripts)).scenarios
         encoded = encoder.encode(scenarios, "generate")
         prompts = Prompts(scenarios, encoded.tokens, encoder.system_prompt, encoded.opened)
         batch = prompts.batch([*range(len(scenarios))], [number] * len(scenarios), "generate", episode_index=0)

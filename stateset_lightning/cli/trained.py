@@ -61,16 +61,14 @@ class TrainedModel:
         asked for by `do_sample=False`: transformers saves no temperature in a greedy config.
         """
         stop = StopStrings(self.rollout.stop, self.tokenizer, end_of_sequence_ids(self.model, self.tokenizer))
-        options = {name: getattr(self.rollout, name) for name in _SAMPLING}
+        options = {"do_sample": True} | {name: getattr(self.rollout, name) for name in _SAMPLING}
         options["top_k"] = options["top_k"] or 0  # None: transformers would take 50
         options |= {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
-        ends = {"eos_token_id": sorted(stop.ends), "stop_strings": stop.strings or None}
-        return GenerationConfig(do_sample=True, **options, **ends)
+        return GenerationConfig(**options, eos_token_id=sorted(stop.ends), stop_strings=stop.strings or None)
 
     def encoder(self, system_prompt: str | None = None) -> PromptEncoder:
         """Makes prompts as in training, with another system prompt if one is given."""
-        own = {} if system_prompt is None else {"system_prompt": system_prompt}
-        given = {**(self.config.get("data") or {}), **own}
+        given = (self.config.get("data") or {}) | ({} if system_prompt is None else {"system_prompt": system_prompt})
         options = {name: value for name in _PROMPT_OPTIONS if (value := given.get(name)) is not None}
         check_saved("data", PromptEncoder, options)
         return PromptEncoder(tokenizer=self.tokenizer, **options)
@@ -102,13 +100,16 @@ def load_trained(source: str, config: str | None = None, loading: LoadingOptions
 
     Raises:
         CheckpointError: If the checkpoint is damaged, or none of this package's.
-        ConfigError: If the model cannot be loaded, or the config cannot be read.
+        ConfigError: If the model cannot be loaded, the config cannot be read, or it has an adapter over a plain model.
     """
     loading = loading or LoadingOptions()
     given = _read_config(Path(config)) if config else {}
     file = _checkpoint_of(source)
     keep_inputs(file)
     if file is None:
+        options = (given.get("model") or {}).get("policy")
+        if isinstance(options, Mapping) and (adapter := options.get("adapter")):
+            raise ConfigError(f"{config}: model.policy.adapter={adapter!r} is left out here: give its run's checkpoint")
         policy = PolicyConfig(source, **vars(loading))
         tokenizer = load_tokenizer(policy)
         model = load_model(policy, tokenizer=tokenizer)

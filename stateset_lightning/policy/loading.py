@@ -315,4 +315,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_an_adapter(name: str, key: str = "model.policy.model_name") -> ConfigError:
-    return ConfigError(f"{key}={name!r} is an adapter: give its base, and the adapter as model.policy.adapter")
+    remedy = "give its base, and the adapter as model.policy.adapter (generate and export: the checkpoint of its run)"
+    return ConfigError(f"{key}={name!r} is an adapter: {remedy}")

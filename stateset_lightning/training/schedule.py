@@ -28,7 +28,7 @@ Options = Sequence[dict[str, Any]]  # of an optimizer, by parameter group
 @bounded("model.lr_scheduler")
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then a decay to `final_factor` times the learning rate at the run's last optimizer step.
+    """Warm-up, then a decay to `final_factor` times the learning rate after the run's last optimizer step.
 
     Args:
         decay: Shape of the decay after the warm-up.

@@ -382,6 +382,21 @@ def test_without_its_run_a_checkpoint_says_so(run, tmp_path, caplog):
         load_trained("tiny", str(run / "out" / "config.json"))
 
 
+@pytest.mark.parametrize("command", [["generate", "--prompt=1", "--ckpt_path"], ["export"]], ids=["generate", "export"])
+def test_the_adapter_of_a_config_is_not_left_out_without_a_word(command, tmp_path, capsys):
+    """The model would answer, or be written, without it."""
+    config = tmp_path / "served.yaml"
+    place = [] if command[0] == "generate" else [str(tmp_path / "out")]
+    for policy, told in (("{adapter: mine}", True), ("{adapter: null}", False), ("tiny", False)):
+        config.write_text(f"model: {{policy: {policy}}}", encoding="utf-8")
+        if not told:
+            load_trained("tiny", str(config))
+            continue
+        with pytest.raises(SystemExit):
+            main([*command, "tiny", *place, f"--config={config}"])
+        assert "model.policy.adapter='mine' is left out here: give its run's checkpoint" in capsys.readouterr().err
+
+
 def test_the_commands_of_the_docs_run(run, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     commands = [
